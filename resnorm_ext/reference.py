@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The formulas in plain PyTorch: the oracle of every test, and the shortest description of what the kernels compute.
+
+Each function computes in the dtype it is given (tests pass float64) and is differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the trailing ``normalized_shape`` (Ba et al. 2016)."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centered = input - input.mean(dims, keepdim=True)
+    output = centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        output = output * weight
+    if bias is not None:
+        output = output + bias
+    return output
+
+
+def residual_add(
+    input: Tensor,
+    residual: Tensor,
+    input_bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``residual + dropout(input + input_bias)``."""
+    update = input if input_bias is None else input + input_bias
+    if dropout_threshold(dropout_p) > 0:
+        keep = dropout_keep_mask(seed, update.shape, dropout_p)
+        update = torch.where(keep, update * dropout_scale(dropout_p), 0.0)
+    return residual + update
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, s)`` with ``s = residual + dropout(input + input_bias)`` and ``y = layer_norm(s)``."""
+    total = residual_add(input, residual, input_bias, dropout_p=dropout_p, seed=seed)
+    return layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
+def dropout_threshold(p: float) -> int:
+    """An element is dropped where its 16-bit draw is below this."""
+    return int(65536 * p + 0.5)
+
+
+def dropout_scale(p: float) -> float:
+    """What kept values are multiplied by, so that the expectation is exact: a float32."""
+    threshold = dropout_threshold(p)
+    return 1.0 if threshold == 65536 else torch.tensor(65536 / (65536 - threshold), dtype=torch.float32).item()
+
+
+def dropout_keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """Bool tensor of ``shape``: whether dropout keeps each element of the contiguous tensor of that shape.
+
+    Element ``e`` takes half-word ``e mod 8`` (low half first) of Philox-4x32-10 at counter ``e // 8`` under the 64-bit
+    key ``seed`` (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+    numel = torch.Size(shape).numel()
+    blocks = torch.arange((numel + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = philox_4x32_10(blocks, seed)
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (draws.reshape(-1)[:numel] >= dropout_threshold(p)).reshape(shape)
+
+
+def philox_4x32_10(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (as int64) for each 64-bit ``counter``, upper counter words zero."""
+    c0, c1 = counter & _LOW_32_BITS, (counter >> 32) & _LOW_32_BITS
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = key & _LOW_32_BITS, (key >> 32) & _LOW_32_BITS
+    for _ in range(10):
+        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW_32_BITS) ^ c1 ^ k0,
+            product1 & _LOW_32_BITS,
+            ((product0 >> 32) & _LOW_32_BITS) ^ c3 ^ k1,
+            product0 & _LOW_32_BITS,
+        )
+        k0, k1 = (k0 + _PHILOX_KEY_INCREMENTS[0]) & _LOW_32_BITS, (k1 + _PHILOX_KEY_INCREMENTS[1]) & _LOW_32_BITS
+    return c0, c1, c2, c3
