@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "../add_layer_norm.h"
+
+#include <torch/library.h>
+
+#include "../../kernels/cpu/dispatch.h"
+#include "operands.h"
+
+namespace resnorm {
+
+namespace {
+
+struct Parameters {
+  const OptionalTensor &weight, &bias;
+  double eps;
+  const OptionalTensor& input_bias;
+  double dropout_p;
+  const OptionalTensor& seed;
+};
+
+struct Results {
+  cpu::Rows output, sum;
+  void* mean = nullptr;
+  void* rstd = nullptr;
+};
+
+void run_forward(const Tensor& input, const Tensor& residual, int64_t row_dims, const Parameters& parameters,
+                 const Results& results) {
+  const auto counts = row_counts(input, row_dims);
+  const RowView input_rows(input, row_dims), residual_rows(residual, row_dims);
+  const VectorView weight(parameters.weight), bias(parameters.bias), input_bias(parameters.input_bias);
+  cpu::kernels().add_layer_norm_forward({.rows = counts.rows,
+                                         .cols = counts.cols,
+                                         .input = input_rows.const_rows(),
+                                         .residual = residual_rows.const_rows(),
+                                         .input_bias = input_bias.const_vector(),
+                                         .weight = weight.const_vector(),
+                                         .bias = bias.const_vector(),
+                                         .dropout = kernel_dropout(parameters.dropout_p, parameters.seed),
+                                         .eps = parameters.eps,
+                                         .output = results.output,
+                                         .sum = results.sum,
+                                         .mean = results.mean,
+                                         .rstd = results.rstd},
+                                        parallel_for);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_cpu(const Tensor& input, const Tensor& residual,
+                                              c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps, const OptionalTensor& input_bias,
+                                              double dropout_p, const OptionalTensor& seed, bool prenorm,
+                                              std::optional<at::ScalarType> residual_dtype) {
+  auto results = add_layer_norm_meta(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p, seed,
+                                     prenorm, residual_dtype);
+  const auto& [output, sum] = results;
+  if (output.numel() == 0) return results;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto cols = row_counts(output, row_dims).cols;
+  run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
+              {.output = result_rows(output, cols, true), .sum = result_rows(sum, cols, prenorm)});
+  return results;
+}
+
+void add_layer_norm_out_cpu(const Tensor& input, const Tensor& residual, c10::SymIntArrayRef normalized_shape,
+                            const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                            const OptionalTensor& input_bias, double dropout_p, const OptionalTensor& seed,
+                            std::optional<at::ScalarType> residual_dtype, Tensor output, OptionalTensor sum) {
+  add_layer_norm_out_meta(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p, seed,
+                          residual_dtype, output, sum);
+  check_overlap(output, {input, residual}, {weight, bias, input_bias, seed, sum});
+  if (sum.has_value()) check_overlap(*sum, {input, residual}, {weight, bias, input_bias, seed});
+  if (output.numel() == 0) return;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  OutputRows output_rows(output, row_dims);
+  std::optional<OutputRows> sum_rows;
+  if (sum.has_value()) sum_rows.emplace(*sum, row_dims);
+  run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
+              {.output = output_rows.rows(), .sum = sum_rows.has_value() ? sum_rows->rows() : cpu::Rows{}});
+  output_rows.commit();
+  if (sum_rows.has_value()) sum_rows->commit();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
+    const Tensor& input, const Tensor& residual, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const OptionalTensor& input_bias, double dropout_p,
+    const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
+  auto results = add_layer_norm_forward_meta(input, residual, normalized_shape, weight, bias, eps, input_bias,
+                                             dropout_p, seed, residual_dtype);
+  const auto& [output, sum, mean, rstd] = results;
+  if (output.numel() == 0) return results;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto cols = row_counts(output, row_dims).cols;
+  run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
+              {.output = result_rows(output, cols, true),
+               .sum = result_rows(sum, cols, true),
+               .mean = mean.mutable_data_ptr(),
+               .rstd = rstd.mutable_data_ptr()});
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
+    const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& sum, c10::SymIntArrayRef normalized_shape,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias, const Tensor& mean,
+    const Tensor& rstd, double eps, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
+    std::array<bool, 5> output_mask) {
+  auto results = add_layer_norm_backward_meta(grad_output, grad_sum, sum, normalized_shape, weight, bias, input_bias,
+                                              mean, rstd, eps, dropout_p, seed, residual_dtype, output_mask);
+  const auto& [grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias] = results;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto counts = row_counts(sum, row_dims);
+  const RowView grad_output_rows(grad_output, row_dims), sum_rows(sum, row_dims);
+  std::optional<RowView> grad_sum_rows;
+  if (grad_sum.has_value()) grad_sum_rows.emplace(*grad_sum, row_dims);
+  const VectorView weight_view(weight);
+  const int column_sums = output_mask[2] + output_mask[3] + output_mask[4];
+  const auto workspace = backward_workspace(counts, column_sums, mean.scalar_type());
+  cpu::kernels().add_layer_norm_backward(
+      {.rows = counts.rows,
+       .cols = counts.cols,
+       .grad_output = grad_output_rows.const_rows(),
+       .grad_sum = grad_sum_rows.has_value() ? grad_sum_rows->const_rows() : cpu::ConstRows{},
+       .sum = sum_rows.const_rows(),
+       .weight = weight_view.const_vector(),
+       .mean = mean.const_data_ptr(),
+       .rstd = rstd.const_data_ptr(),
+       .dropout = kernel_dropout(dropout_p, seed),
+       .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
+       .grad_residual = result_rows(grad_residual, counts.cols, output_mask[1]),
+       .grad_weight = result_vector(grad_weight, output_mask[2]),
+       .grad_bias = result_vector(grad_bias, output_mask[3]),
+       .grad_input_bias = result_vector(grad_input_bias, output_mask[4]),
+       .workspace = workspace.mutable_data_ptr()},
+      parallel_for);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnorm, CPU, m) {
+  m.impl("add_layer_norm", add_layer_norm_cpu);
+  m.impl("add_layer_norm_out", add_layer_norm_out_cpu);
+  m.impl("_add_layer_norm_forward", add_layer_norm_forward_cpu);
+  m.impl("_add_layer_norm_backward", add_layer_norm_backward_cpu);
+}
+
+}  // namespace resnorm
