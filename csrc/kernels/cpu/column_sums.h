@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Gradients of weight and bias: sums over all rows. Every block of rows sums its own in the workspace; the blocks' sums
+// are then added pairwise, in an order that no thread count changes, and rounded once to the gradient's type.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "row_buffer.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+template <class Acc, int kCount>
+class ColumnSums {
+ public:
+  ColumnSums(const Vector (&gradients)[kCount], std::int64_t rows, std::int64_t cols, void* workspace)
+      : cols_(cols), blocks_(row_block_count(rows, cols)) {
+    auto* partial = static_cast<Acc*>(workspace);
+    for (int k = 0; k < kCount; ++k) {
+      gradients_[k] = gradients[k];
+      partials_[k] = partial;
+      if (gradients[k].data != nullptr) partial += blocks_ * cols;
+    }
+  }
+
+  std::int64_t blocks() const { return blocks_; }
+
+  // body(begin, end) over batches of a block's rows: `sums` are zero before each and are added to the block's after it.
+  // Two levels, because a sum of thousands of rows in one float loses what a sum of sums keeps.
+  template <class Body>
+  void accumulate(std::int64_t block, std::int64_t rows, Acc* const (&sums)[kCount], const Body& body) const {
+    const std::int64_t first = row_block_begin(block, blocks_, rows), last = row_block_begin(block + 1, blocks_, rows);
+    std::int64_t begin = first;
+    do {
+      const std::int64_t end = last - begin < kRowsPerBatch ? last : begin + kRowsPerBatch;
+      for (Acc* sum : sums) __builtin_memset(sum, 0, static_cast<std::size_t>(cols_) * sizeof(Acc));
+      body(begin, end);
+      for (int k = 0; k < kCount; ++k) {
+        if (gradients_[k].data != nullptr) add(partials_[k] + block * cols_, sums[k], begin == first);
+      }
+      begin = end;
+    } while (begin < last);
+  }
+
+  void finish(ParallelFor parallel_for) const {
+    int wanted = 0;
+    for (const Vector& gradient : gradients_) wanted += gradient.data != nullptr;
+    if (wanted == 0) return;
+    parallel(parallel_for, cols_, (kElementsPerTask - 1) / (wanted * blocks_) + 1,
+             [&](std::int64_t begin, std::int64_t end) {
+               for (int k = 0; k < kCount; ++k) {
+                 if (gradients_[k].data != nullptr) merge(gradients_[k], partials_[k], begin, end);
+               }
+             });
+  }
+
+ private:
+  void add(Acc* partial, const Acc* sums, bool first) const {
+    if (first) {
+      __builtin_memcpy(partial, sums, static_cast<std::size_t>(cols_) * sizeof(Acc));
+    } else {
+      add_row(partial, sums, cols_);
+    }
+  }
+
+  static void add_row(Acc* to, const Acc* from, std::int64_t cols) {
+    for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+      (Vec<Acc>::load(to + i, lanes) + Vec<Acc>::load(from + i, lanes)).store(to + i, lanes);
+    });
+  }
+
+  void merge(const Vector& gradient, Acc* partials, std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t distance = 1; distance < blocks_; distance *= 2) {
+      for (std::int64_t block = 0; block < blocks_; block += 2 * distance) {
+        Acc* to = partials + block * cols_ + begin;
+        add_row(to, to + distance * cols_, end - begin);
+      }
+    }
+    visit(gradient.dtype, [&](auto tag) {
+      convert_row(partials + begin, static_cast<typename decltype(tag)::Type*>(gradient.data) + begin, end - begin);
+    });
+  }
+
+  static constexpr int kSlots = 4;
+  static constexpr std::int64_t kRowsPerBatch = 64;
+
+  std::int64_t cols_, blocks_;
+  Vector gradients_[kCount];
+  Acc* partials_[kCount];
+};
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#define RESNORM_ISA avx512
+#include "kernel_table.h"

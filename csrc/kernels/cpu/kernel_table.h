@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One instruction set's kernels: an isa_*.cpp names its set in RESNORM_ISA and includes this. The table is all that
+// leaves the translation unit.
+#pragma once
+
+#include "add_layer_norm.h"
+#include "kernels.h"
+#include "layer_norm.h"
+#include "residual_add.h"
+
+#define RESNORM_STRING_OF(name) #name
+#define RESNORM_STRING(name) RESNORM_STRING_OF(name)
+
+namespace resnorm::cpu::RESNORM_ISA {
+
+extern const KernelTable kernel_table;
+const KernelTable kernel_table = {
+    .isa = RESNORM_STRING(RESNORM_ISA),
+    .layer_norm_forward = layer_norm_forward,
+    .layer_norm_backward = layer_norm_backward,
+    .add_layer_norm_forward = add_layer_norm_forward,
+    .add_layer_norm_backward = add_layer_norm_backward,
+    .residual_add_forward = residual_add_forward,
+    .residual_add_backward = residual_add_backward,
+};
+
+}  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Rows in the element type that a loop is compiled for. An operand of that type is used where it lies; any other is
+// converted, row by row, through a buffer, so that a few loops serve every mix of types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "simd.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+// One task's buffers: on its stack while they fit, which rows of a usual size do.
+class RowBuffers {
+ public:
+  RowBuffers() = default;
+  RowBuffers(const RowBuffers&) = delete;
+  RowBuffers& operator=(const RowBuffers&) = delete;
+
+  ~RowBuffers() {
+    while (allocated_ != nullptr) {
+      Allocation* next = allocated_->next;
+      ::operator delete(allocated_, std::align_val_t{kAlignment});
+      allocated_ = next;
+    }
+  }
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes <= sizeof(stack_) - used_) {
+      void* taken = stack_ + used_;
+      used_ += bytes;
+      return static_cast<T*>(taken);
+    }
+    void* memory = ::operator new(kAlignment + bytes, std::align_val_t{kAlignment});
+    allocated_ = ::new (memory) Allocation{allocated_};
+    return reinterpret_cast<T*>(static_cast<unsigned char*>(memory) + kAlignment);
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+
+  struct Allocation {
+    Allocation* next;
+  };
+
+  alignas(kAlignment) unsigned char stack_[32 * 1024];
+  std::size_t used_ = 0;
+  Allocation* allocated_ = nullptr;
+};
+
+template <class T>
+__attribute__((noinline)) void fill(T* row, std::int64_t cols, Accumulation<T> value) {
+  using Acc = Accumulation<T>;
+  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    Vec<Acc>::broadcast(value).store(row + i, lanes);
+  });
+}
+
+template <class From, class To>
+__attribute__((noinline)) void convert_row(const From* from, To* to, std::int64_t cols) {
+  using Acc = Accumulation<From, To>;
+  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    Vec<Acc>::load(from + i, lanes).store(to + i, lanes);
+  });
+}
+
+// A weight or bias in the accumulation type; `absent` in every column where there is none.
+template <class Acc>
+inline const Acc* vector_or(const ConstVector& vector, Acc absent, std::int64_t cols, RowBuffers& buffers) {
+  if (vector.data != nullptr && vector.dtype == kDType<Acc>) return static_cast<const Acc*>(vector.data);
+  Acc* row = buffers.take<Acc>(cols);
+  if (vector.data == nullptr) {
+    fill(row, cols, absent);
+  } else {
+    visit(vector.dtype, [&](auto tag) {
+      convert_row(static_cast<const typename decltype(tag)::Type*>(vector.data), row, cols);
+    });
+  }
+  return row;
+}
+
+// Reads rows of a matrix as T, up to `slots` of them at a time; rows of an absent matrix are zeros.
+template <class T>
+class RowReader {
+ public:
+  RowReader(const ConstRows& rows, std::int64_t cols, RowBuffers& buffers, int slots = 1) : rows_(rows), cols_(cols) {
+    if (rows.data != nullptr && rows.dtype == kDType<T>) return;
+    buffer_ = buffers.take<T>(cols * (rows.data == nullptr ? 1 : slots));
+    if (rows.data == nullptr) fill(buffer_, cols, Accumulation<T>(0));
+  }
+
+  RESNORM_INLINE const T* row(std::int64_t row, int slot = 0) const {
+    if (buffer_ == nullptr) return static_cast<const T*>(rows_.data) + row * rows_.row_stride;
+    return converted(row, slot);
+  }
+
+  // Where a later row will be read, to prefetch it.
+  RESNORM_INLINE const T* ahead(std::int64_t row) const {
+    return buffer_ == nullptr ? static_cast<const T*>(rows_.data) + row * rows_.row_stride : buffer_;
+  }
+
+ private:
+  __attribute__((noinline)) const T* converted(std::int64_t row, int slot) const {
+    if (rows_.data == nullptr) return buffer_;
+    T* to = buffer_ + slot * cols_;
+    visit(rows_.dtype, [&](auto tag) {
+      convert_row(static_cast<const typename decltype(tag)::Type*>(rows_.data) + row * rows_.row_stride, to, cols_);
+    });
+    return to;
+  }
+
+  ConstRows rows_;
+  std::int64_t cols_;
+  T* buffer_ = nullptr;
+};
+
+// Writes rows of a matrix as T: fill row(...), then commit(...). Rows of an absent matrix go nowhere.
+template <class T>
+class RowWriter {
+ public:
+  RowWriter(const Rows& rows, std::int64_t cols, RowBuffers& buffers, int slots = 1) : rows_(rows), cols_(cols) {
+    if (rows.data == nullptr || rows.dtype != kDType<T>) buffer_ = buffers.take<T>(cols * slots);
+  }
+
+  RESNORM_INLINE T* row(std::int64_t row, int slot = 0) const {
+    return buffer_ == nullptr ? static_cast<T*>(rows_.data) + row * rows_.row_stride : buffer_ + slot * cols_;
+  }
+
+  // Where a later row will be written, to prefetch it.
+  RESNORM_INLINE const T* ahead(std::int64_t row) const { return buffer_ == nullptr ? this->row(row) : buffer_; }
+
+  RESNORM_INLINE void commit(std::int64_t row, int slot = 0) const {
+    if (buffer_ != nullptr && rows_.data != nullptr) convert_back(row, slot);
+  }
+
+ private:
+  __attribute__((noinline)) void convert_back(std::int64_t row, int slot) const {
+    visit(rows_.dtype, [&](auto tag) {
+      convert_row(buffer_ + slot * cols_, static_cast<typename decltype(tag)::Type*>(rows_.data) + row * rows_.row_stride,
+                  cols_);
+    });
+  }
+
+  Rows rows_;
+  std::int64_t cols_;
+  T* buffer_ = nullptr;
+};
+
+// Whether every operand that is there has element type T.
+template <class T, class... Operands>
+inline bool all_are(const Operands&... operands) {
+  return ((operands.data == nullptr || operands.dtype == kDType<T>) && ...);
+}
+
+template <class... Operands>
+inline bool any_float64(const Operands&... operands) {
+  return ((operands.data != nullptr && operands.dtype == DType::kFloat64) || ...);
+}
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What runs on a CPU of any architecture: 4 float or 2 double lanes by the compiler's portable vectors, which it turns
+// into SSE2, NEON or plain scalar instructions. Included by simd.h.
+#pragma once
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+template <class Acc>
+struct Vec {
+  static constexpr int kSize = 16 / sizeof(Acc);
+  typedef Acc Register __attribute__((vector_size(16)));
+  Register v;
+
+  static RESNORM_INLINE Vec broadcast(Acc value) { return {value - Register{}}; }
+
+  static RESNORM_INLINE Vec load(const Acc* from, AllLanes) {
+    Vec result;
+    __builtin_memcpy(&result.v, from, sizeof result.v);
+    return result;
+  }
+  template <class T>
+  static RESNORM_INLINE Vec load(const T* from, AllLanes) {
+    return load(from, FirstLanes{kSize});
+  }
+  template <class T>
+  static RESNORM_INLINE Vec load(const T* from, FirstLanes lanes) {
+    Vec result = broadcast(0);
+    load_each(from, lanes.count, result.v);
+    return result;
+  }
+
+  RESNORM_INLINE void store(Acc* to, AllLanes) const { __builtin_memcpy(to, &v, sizeof v); }
+  template <class T>
+  RESNORM_INLINE void store(T* to, AllLanes) const {
+    store(to, FirstLanes{kSize});
+  }
+  template <class T>
+  RESNORM_INLINE void store(T* to, FirstLanes lanes) const {
+    store_each(v, lanes.count, to);
+  }
+
+  RESNORM_INLINE Acc first() const { return v[0]; }
+  RESNORM_INLINE Acc sum() const {
+    if constexpr (kSize == 2) {
+      return v[0] + v[1];
+    } else {
+      return (v[0] + v[2]) + (v[1] + v[3]);
+    }
+  }
+
+  // Zero in the lanes that `lanes` leaves out.
+  RESNORM_INLINE Vec only(AllLanes) const { return *this; }
+  RESNORM_INLINE Vec only(FirstLanes lanes) const {
+    Vec result = *this;
+    for (int lane = lanes.count; lane < kSize; ++lane) result.v[lane] = 0;
+    return result;
+  }
+
+  // Zero where the 16-bit draw is below the threshold.
+  RESNORM_INLINE Vec keep(const std::uint16_t* draws, std::uint32_t threshold) const {
+    Vec result = *this;
+    for (int lane = 0; lane < kSize; ++lane) result.v[lane] = draws[lane] >= threshold ? v[lane] : Acc(0);
+    return result;
+  }
+
+  friend RESNORM_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend RESNORM_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+};
+
+// Words of 32 bits, each in a lane of 64; the upper halves may hold anything.
+struct Words {
+  static constexpr int kSize = 1;
+  std::uint64_t v;
+
+  static RESNORM_INLINE Words broadcast(std::uint64_t value) { return {value}; }
+  // The counters whose blocks store_blocks writes one after the other.
+  static RESNORM_INLINE Words counters(std::uint64_t first) { return {first}; }
+
+  RESNORM_INLINE Words high() const { return {v >> 32}; }
+  friend RESNORM_INLINE Words multiply(Words a, Words b) { return {(a.v & 0xFFFFFFFFU) * (b.v & 0xFFFFFFFFU)}; }
+  friend RESNORM_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
+
+  static RESNORM_INLINE void store_blocks(Words c0, Words c1, Words c2, Words c3, std::uint16_t* draws) {
+    const std::uint64_t words[4] = {c0.v, c1.v, c2.v, c3.v};
+    for (int half = 0; half < 8; ++half) draws[half] = static_cast<std::uint16_t>(words[half / 2] >> (half % 2 * 16));
+  }
+};
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "workspace.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace resnorm::cpu {
+
+namespace {
+
+constexpr std::int64_t kMaxRowBlocks = 64;
+
+std::int64_t row_groups(std::int64_t rows) { return (rows + kRowsPerGroup - 1) / kRowsPerGroup; }
+
+}  // namespace
+
+std::int64_t row_block_count(std::int64_t rows, std::int64_t cols) {
+  const std::int64_t rows_per_task = std::max<std::int64_t>(kElementsPerTask / std::max<std::int64_t>(cols, 1), kRowsPerGroup);
+  std::int64_t blocks = 1;
+  while (blocks < kMaxRowBlocks && 2 * blocks * rows_per_task <= rows) blocks *= 2;
+  return blocks;
+}
+
+std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64_t rows) {
+  return std::min(rows, row_groups(rows) * block / blocks * kRowsPerGroup);
+}
+
+std::size_t backward_workspace_bytes(std::int64_t rows, std::int64_t cols, int column_sums, DType dtype) {
+  const std::size_t element = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return static_cast<std::size_t>(row_block_count(rows, cols)) * column_sums * static_cast<std::size_t>(cols) * element;
+}
+
+}  // namespace resnorm::cpu

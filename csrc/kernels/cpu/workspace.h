@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How a backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends
+// on the sizes only, so that the sums repeat bitwise on any number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace resnorm::cpu {
+
+// Fewer elements than this are one thread's work: starting a second costs more than it saves.
+inline constexpr std::int64_t kElementsPerTask = 32 * 1024;
+
+// Rows that a backward pass takes together, so that weight and column sums are touched once for all of them.
+inline constexpr int kRowsPerGroup = 4;
+
+// A power of two: 1, 2, ... 64.
+std::int64_t row_block_count(std::int64_t rows, std::int64_t cols);
+
+// First row of a block; of the block behind the last: the number of rows.
+std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64_t rows);
+
+}  // namespace resnorm::cpu
