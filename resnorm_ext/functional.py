@@ -3,7 +3,7 @@
 
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
 the CPU; elsewhere torch's operators compute the same), and are differentiable, also twice and under ``torch.func``.
-Statistics and accumulation are float32, float64 where an operand is float64.
+Statistics and accumulation are float32; float64 where the input or the sum is float64.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_meta(
     const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
   auto [output, sum] = add_layer_norm_meta(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p,
                                            seed, /*prenorm=*/true, residual_dtype);
-  auto [mean, rstd] = empty_statistics(
-      input, normalized_shape, accumulation_dtype({input.scalar_type(), residual.scalar_type(), sum.scalar_type()}));
+  auto [mean, rstd] = empty_statistics(input, normalized_shape,
+                                       accumulation_dtype({input.scalar_type(), sum.scalar_type()}));
   return {std::move(output), std::move(sum), std::move(mean), std::move(rstd)};
 }
 

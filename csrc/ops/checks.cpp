@@ -3,7 +3,8 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/result_type.h>
+
+#include <algorithm>
 
 #include "dropout.h"
 
@@ -22,11 +23,35 @@ void check_dtype(const char* op, at::ScalarType dtype) {
       ": expected float32, float64, bfloat16 or float16, but got ", dtype);
 }
 
+// Whether the strides span `distance` (in elements) between two indices of a tensor of these sizes.
+bool spans(c10::IntArrayRef sizes, c10::IntArrayRef strides, int64_t distance) {
+  if (sizes.empty()) return distance == 0;
+  const auto inner_sizes = sizes.slice(1), inner_strides = strides.slice(1);
+  if (sizes[0] == 1) return spans(inner_sizes, inner_strides, distance);
+  int64_t reach = 0;  // of the inner dimensions
+  for (size_t dim = 0; dim < inner_sizes.size(); ++dim) reach += (inner_sizes[dim] - 1) * inner_strides[dim];
+  const auto first = std::max((distance - reach) / strides[0] - 1, 1 - sizes[0]);
+  const auto last = std::min((distance + reach) / strides[0] + 1, sizes[0] - 1);
+  for (auto steps = first; steps <= last; ++steps) {
+    if (spans(inner_sizes, inner_strides, distance - steps * strides[0])) return true;
+  }
+  return false;
+}
+
+// Whether two views of one memory with the same strides, as slices of a wider buffer are, share elements without being
+// the same. at::assert_no_partial_overlap sees that only in tensors without gaps.
+bool are_shifted(const Tensor& a, const Tensor& b) {
+  const auto distance = b.storage_offset() - a.storage_offset();
+  return distance != 0 && a.is_alias_of(b) && a.itemsize() == b.itemsize() && a.sizes() == b.sizes() &&
+         a.strides() == b.strides() && spans(a.sizes(), a.strides(), distance);
+}
+
 }  // namespace
 
 void check_floating(const char* op, const Tensor& input) { check_dtype(op, input.scalar_type()); }
 
-void check_parameter(const char* name, const OptionalTensor& parameter, c10::SymIntArrayRef shape, const Tensor& input) {
+void check_parameter(const char* name, const OptionalTensor& parameter, c10::SymIntArrayRef shape,
+                     const Tensor& input) {
   if (!parameter.has_value()) return;
   TORCH_CHECK(parameter->sym_sizes() == shape, "Expected ", name, " to be of shape ", shape, ", but got ", name,
               " of shape ", parameter->sym_sizes());
@@ -39,7 +64,8 @@ void check_parameter(const char* name, const OptionalTensor& parameter, c10::Sym
 
 void check_normalized_shape(const Tensor& input, c10::SymIntArrayRef normalized_shape) {
   const auto ndim = static_cast<int64_t>(normalized_shape.size());
-  TORCH_CHECK(ndim >= 1, "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, ",
+  TORCH_CHECK(ndim >= 1,
+              "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, ",
               "but got normalized_shape = ", normalized_shape);
   const auto sizes = input.sym_sizes();
   TORCH_CHECK(input.dim() >= ndim && sizes.slice(sizes.size() - ndim) == normalized_shape,
@@ -61,12 +87,14 @@ void check_dropout(double dropout_p, const OptionalTensor& seed, const Tensor& i
                     dropout_p);
   if (dropout_threshold(dropout_p) == 0) return;
   TORCH_CHECK(seed.has_value(), "Expected a seed for dropout_p = ", dropout_p, ", but got None");
-  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 0, "Expected seed to be an int64 scalar tensor, but got ",
-              seed->scalar_type(), " of shape ", seed->sym_sizes());
+  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 0,
+              "Expected seed to be an int64 scalar tensor, but got ", seed->scalar_type(), " of shape ",
+              seed->sym_sizes());
   check_device("seed", *seed, input.device());
 }
 
-void check_out(const char* name, const Tensor& out, c10::SymIntArrayRef shape, at::ScalarType dtype, at::Device device) {
+void check_out(const char* name, const Tensor& out, c10::SymIntArrayRef shape, at::ScalarType dtype,
+               at::Device device) {
   TORCH_CHECK(out.sym_sizes() == shape, "Expected ", name, " of shape ", shape, ", but got ", name, " of shape ",
               out.sym_sizes());
   TORCH_CHECK(out.scalar_type() == dtype, "Expected ", name, " of dtype ", dtype, ", but got ", name, " of ",
@@ -87,7 +115,13 @@ void check_grad(const char* name, const Tensor& grad, c10::SymIntArrayRef shape)
 void check_overlap(const Tensor& written, std::initializer_list<Tensor> whole,
                    std::initializer_list<OptionalTensor> apart) {
   at::assert_no_internal_overlap(written);
-  for (const auto& tensor : whole) at::assert_no_partial_overlap(written, tensor);
+  for (const auto& tensor : whole) {
+    at::assert_no_partial_overlap(written, tensor);
+    TORCH_CHECK(
+        !are_shifted(written, tensor), "unsupported operation: some elements of an argument and the written-to ",
+        "tensor refer to a single memory location, but not all do. Please clone() the tensor before performing ",
+        "the operation.");
+  }
   for (const auto& tensor : apart) {
     if (tensor.has_value()) at::assert_no_overlap(written, *tensor);
   }

@@ -27,11 +27,14 @@ bool requires_grad(const Tensors&... tensors) {
 inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 inline bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
 
+inline bool in_transform() {
+  constexpr auto key = c10::DispatchKey::FuncTorchDynamicLayerFrontMode;
+  return c10::impl::tls_is_dispatch_key_included(key) || c10::impl::tls_is_dispatch_key_excluded(key);
+}
+
 template <typename... Tensors>
 bool needs_formula(const Tensors&... tensors) {
-  constexpr auto transform = c10::DispatchKey::FuncTorchDynamicLayerFrontMode;
-  return c10::impl::tls_is_dispatch_key_included(transform) || c10::impl::tls_is_dispatch_key_excluded(transform) ||
-         (... || has_tangent(tensors));
+  return in_transform() || (... || has_tangent(tensors));
 }
 
 // Whether the gradient of each tensor argument of a Function is wanted; an absent argument has no edge to ask about.
@@ -58,6 +61,8 @@ void check_no_grad_for_out(const char* op, const Tensors&... tensors) {
   TORCH_CHECK(!requires_grad(tensors...), op,
               "(): functions with out=... arguments don't support automatic differentiation, but one of the arguments "
               "requires grad.");
+  TORCH_CHECK_NOT_IMPLEMENTED(!(... || has_tangent(tensors)), "Trying to use forward AD with ", op,
+                              " that does not support it because it is an out= function");
 }
 
 }  // namespace resnorm

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
                               residual_dtype);
   const auto dtype = sum_dtype(input, residual, residual_dtype);
   const auto sum = exact_sum(input, residual, input_bias, dropout_p, seed, dtype);
-  auto [output, mean, rstd] = normalize(sum, normalized_shape, weight, bias, eps);
+  const auto accumulation = accumulation_dtype({input.scalar_type(), dtype});
+  auto [output, mean, rstd] = normalize(sum.to(accumulation), normalized_shape, weight, bias, eps);
   return {output.to(input.scalar_type()), sum.to(dtype), std::move(mean), std::move(rstd)};
 }
 
@@ -61,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   const auto grad_residual = grad_sum.has_value() ? gradients.input + grad_sum->to(accumulation) : gradients.input;
   const auto grad_input = dropout(grad_residual, dropout_p, seed);
   const auto parameter_gradient = [&](bool wanted, const Tensor& gradient, const OptionalTensor& parameter) {
-    return requested_gradient(wanted, gradient, parameter.has_value() ? parameter->scalar_type() : accumulation);
+    return requested_gradient(wanted, gradient, parameter.has_value() ? parameter->scalar_type() : accumulation, sum);
   };
-  return {requested_gradient(output_mask[0], grad_input, grad_output.scalar_type()),
-          requested_gradient(output_mask[1], grad_residual, residual_dtype),
+  return {requested_gradient(output_mask[0], grad_input, grad_output.scalar_type(), sum),
+          requested_gradient(output_mask[1], grad_residual, residual_dtype, sum),
           parameter_gradient(output_mask[2], gradients.weight, weight),
           parameter_gradient(output_mask[3], gradients.bias, bias),
           parameter_gradient(output_mask[4], grad_input.sum_to_size_symint(normalized_shape), input_bias)};

@@ -5,9 +5,35 @@
 #include <ATen/ops/native_layer_norm.h>
 #include <torch/library.h>
 
+#include "../autograd/transforms.h"
+
 namespace resnorm::composite {
 
 namespace {
+
+// Whether somebody may differentiate the operators called here. Then at::native_layer_norm will not do: under
+// torch.func its second derivatives are wrong.
+bool may_be_differentiated() {
+  return in_transform() || !c10::impl::tls_is_dispatch_keyset_excluded(c10::autograd_dispatch_keyset);
+}
+
+// (input - mean) * rstd, and the statistics with the row's dimensions kept.
+struct NormalizedRows {
+  Tensor values, mean, rstd;
+};
+
+Tensor row_mean(const Tensor& tensor, size_t row_dims) {
+  std::vector<int64_t> dims(row_dims);
+  for (size_t i = 0; i < row_dims; ++i) dims[i] = -static_cast<int64_t>(i) - 1;
+  return tensor.mean(dims, /*keepdim=*/true);
+}
+
+NormalizedRows normalize_rows(const Tensor& input, size_t row_dims, double eps) {
+  const auto mean = row_mean(input, row_dims);
+  const auto centered = input - mean;
+  const auto rstd = (row_mean(centered.square(), row_dims) + eps).rsqrt();
+  return {centered * rstd, mean, rstd};
+}
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, c10::SymIntArrayRef normalized_shape,
                                                       const OptionalTensor& weight, const OptionalTensor& bias,
@@ -40,9 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const auto dtype = input.scalar_type(), accumulation = accumulation_dtype({dtype});
   const auto gradients =
       normalize_backward(grad_output.to(accumulation), input.to(accumulation), normalized_shape, weight, eps);
-  return {requested_gradient(output_mask[0], gradients.input, dtype),
-          requested_gradient(output_mask[1], gradients.weight, weight.has_value() ? weight->scalar_type() : dtype),
-          requested_gradient(output_mask[2], gradients.bias, bias.has_value() ? bias->scalar_type() : dtype)};
+  return {
+      requested_gradient(output_mask[0], gradients.input, dtype, input),
+      requested_gradient(output_mask[1], gradients.weight, weight.has_value() ? weight->scalar_type() : dtype, input),
+      requested_gradient(output_mask[2], gradients.bias, bias.has_value() ? bias->scalar_type() : dtype, input)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, c10::SymIntArrayRef normalized_shape,
@@ -50,30 +77,31 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, c10::SymIntArr
   const auto convert = [&](const OptionalTensor& parameter) {
     return parameter.has_value() ? OptionalTensor(parameter->to(input.scalar_type())) : std::nullopt;
   };
-  auto [output, mean, rstd] =
-      at::native_layer_norm_symint(input, normalized_shape, convert(weight), convert(bias), eps);
   const auto rows = input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
+  if (!may_be_differentiated()) {
+    auto [output, mean, rstd] =
+        at::native_layer_norm_symint(input, normalized_shape, convert(weight), convert(bias), eps);
+    return {std::move(output), mean.reshape_symint(rows), rstd.reshape_symint(rows)};
+  }
+  auto [output, mean, rstd] = normalize_rows(input, normalized_shape.size(), eps);
+  if (weight.has_value()) output = output * *convert(weight);
+  if (bias.has_value()) output = output + *convert(bias);
   return {std::move(output), mean.reshape_symint(rows), rstd.reshape_symint(rows)};
 }
 
 NormalizeGradients normalize_backward(const Tensor& grad_output, const Tensor& input,
                                       c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, double eps) {
-  std::vector<int64_t> row_dims(normalized_shape.size());
-  for (size_t i = 0; i < row_dims.size(); ++i) row_dims[i] = -static_cast<int64_t>(i) - 1;
-  const auto row_mean = [&](const Tensor& tensor) { return tensor.mean(row_dims, /*keepdim=*/true); };
-
-  const auto centered = input - row_mean(input);
-  const auto rstd = (row_mean(centered.square()) + eps).rsqrt();
-  const auto normalized = centered * rstd;
+  const auto row_dims = normalized_shape.size();
+  const auto [normalized, mean, rstd] = normalize_rows(input, row_dims, eps);
   const auto grad_normalized = weight.has_value() ? grad_output * weight->to(input.scalar_type()) : grad_output;
-  const auto grad_input =
-      rstd * (grad_normalized - row_mean(grad_normalized) - normalized * row_mean(grad_normalized * normalized));
+  const auto grad_input = rstd * (grad_normalized - row_mean(grad_normalized, row_dims) -
+                                  normalized * row_mean(grad_normalized * normalized, row_dims));
   return {grad_input, (grad_output * normalized).sum_to_size_symint(normalized_shape),
           grad_output.sum_to_size_symint(normalized_shape)};
 }
 
-Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype) {
-  return wanted ? gradient.to(dtype) : unused_result(gradient);
+Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype, const Tensor& like) {
+  return wanted ? gradient.to(dtype) : unused_result(like);
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {

@@ -29,7 +29,7 @@ struct NormalizeGradients {
 NormalizeGradients normalize_backward(const Tensor& grad_output, const Tensor& input,
                                       c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight, double eps);
 
-// `gradient` in the dtype of what it belongs to, or the stand-in for one that was not asked for.
-Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype);
+// `gradient` in the dtype of what it belongs to, or the stand-in, like `like`, for one that was not asked for.
+Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype, const Tensor& like);
 
 }  // namespace resnorm::composite

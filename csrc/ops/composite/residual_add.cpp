@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> residual_add_backward(const Tensor& grad_output, cons
                                                  at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
   const auto accumulation = accumulation_dtype({grad_output.scalar_type(), input_dtype});
   const auto grad_input = dropout(grad_output.to(accumulation), dropout_p, seed);
-  return {requested_gradient(output_mask[0], grad_input, input_dtype),
+  return {requested_gradient(output_mask[0], grad_input, input_dtype, grad_output),
           output_mask[1] ? grad_input.sum_to_size_symint(input_bias->sym_sizes()).to(input_bias->scalar_type())
                          : unused_result(grad_output)};
 }

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "../linear.h"
+
+#include <torch/library.h>
+
+#include "../composite/linear.h"
+#include "transforms.h"
+
+namespace resnorm {
+
+namespace {
+
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       c10::string_view activation, const OptionalTensor& residual) {
+  if (needs_formula(input, weight, bias, residual) || requires_grad(input, weight, bias, residual)) {
+    return composite::linear(input, weight, bias, activation, residual);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return linear(input, weight, bias, activation, residual);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnorm, Autograd, m) { m.impl("linear", linear_autograd); }
+
+}  // namespace resnorm

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "../linear.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <torch/library.h>
+
+#include "linear_backend.h"
+#include "onednn_linear.h"
+
+namespace resnorm {
+
+namespace {
+
+// In place: the product is nobody else's.
+void activate_(Activation activation, Tensor& product) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kRelu:
+      at::relu_(product);
+      return;
+    case Activation::kGelu:
+      at::gelu_(product);
+      return;
+    case Activation::kGeluTanh:
+      at::gelu_(product, "tanh");
+      return;
+  }
+}
+
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
+                  const OptionalTensor& residual) {
+  check_linear(input, weight, bias, residual);
+  const auto epilogue = parse_activation(activation);
+  const bool empty = input.numel() == 0 || weight.numel() == 0;
+  if (!empty && linear_backend(input.scalar_type(), weight.size(1), weight.size(0)) == LinearBackend::kOneDnn) {
+    return onednn::linear(input, weight.contiguous(), bias, epilogue, residual);
+  }
+  auto output = at::linear(input, weight, bias);
+  activate_(epilogue, output);
+  if (!residual.has_value()) return output;
+  return residual->scalar_type() == output.scalar_type() ? output.add_(*residual) : output + *residual;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnorm, CPU, m) { m.impl("linear", linear_cpu); }
+
+}  // namespace resnorm

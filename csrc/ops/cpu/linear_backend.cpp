@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "linear_backend.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <tuple>
+
+#include "onednn_linear.h"
+
+namespace resnorm {
+
+namespace {
+
+using Shape = std::tuple<at::ScalarType, int64_t, int64_t>;
+
+std::shared_mutex mutex;
+
+std::map<Shape, LinearBackend>& choices() {
+  static std::map<Shape, LinearBackend> map;
+  return map;
+}
+
+LinearBackend chosen(const Shape& shape) {
+  const std::shared_lock lock(mutex);
+  const auto found = choices().find(shape);
+  return found == choices().end() ? LinearBackend::kAten : found->second;
+}
+
+}  // namespace
+
+LinearBackend parse_linear_backend(const std::string& name) {
+  if (name == "aten") return LinearBackend::kAten;
+  if (name == "onednn") return LinearBackend::kOneDnn;
+  TORCH_CHECK_VALUE(false, "Expected aten or onednn as the backend of linear layers, but got ", name);
+}
+
+std::string name_of(LinearBackend backend) { return backend == LinearBackend::kAten ? "aten" : "onednn"; }
+
+const std::string& linear_backend_override() {
+  static const std::string value = [] {
+    const char* text = std::getenv("RESNORM_LINEAR");
+    const std::string name = text == nullptr ? "" : text;
+    TORCH_CHECK_VALUE(name.empty() || name == "aten" || name == "onednn",
+                      "Expected RESNORM_LINEAR to be aten or onednn, but got ", name);
+    return name;
+  }();
+  return value;
+}
+
+LinearBackend linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
+  const auto& override = linear_backend_override();
+  const auto wanted = override.empty() ? chosen({dtype, in_features, out_features}) : parse_linear_backend(override);
+  return wanted == LinearBackend::kOneDnn && onednn::supports(dtype) ? wanted : LinearBackend::kAten;
+}
+
+void set_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features, LinearBackend backend) {
+  const std::unique_lock lock(mutex);
+  choices()[{dtype, in_features, out_features}] = backend;
+}
+
+}  // namespace resnorm

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// resnorm::linear: activation(input weight^T + bias) + residual. Each function here is the typed call of the operator
+// that torch.ops.resnorm holds under the same name.
+//
+// With grad, under transforms and on devices other than the CPU it is torch's own operators, which differentiate
+// themselves. On the CPU without grad it is oneDNN or ATen, as linear_backend.h says.
+#pragma once
+
+#include "checks.h"
+
+namespace resnorm {
+
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
+
+Activation parse_activation(c10::string_view name);
+
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
+              const OptionalTensor& residual);
+
+// Checked arguments, allocated result.
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
+                   const OptionalTensor& residual);
+
+// What linear_meta checks, alone.
+void check_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual);
+
+}  // namespace resnorm

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// resnorm::packed_attention: softmax(q k^T * scale) v within each sequence of a packed batch. `qkv` is (tokens, 3,
+// heads, head_dim), sequence i is tokens cu_seqlens[i] up to cu_seqlens[i + 1]; the result is (tokens, heads,
+// head_dim). Each function here is the typed call of the operator that torch.ops.resnorm holds under the same name.
+#pragma once
+
+#include "checks.h"
+
+namespace resnorm {
+
+Tensor packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
+                        std::optional<double> scale, bool causal);
+
+// The gradient of qkv. Attention weights are computed again, not stored.
+Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
+                                 std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal);
+
+// Checked arguments, allocated results.
+Tensor packed_attention_meta(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
+                             std::optional<double> scale, bool causal);
+Tensor packed_attention_backward_meta(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
+                                      std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal);
+
+}  // namespace resnorm

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The module resnorm_ext._C: eager entry points into the operators, and what this library was built with.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/python.h>
+#include <torch/version.h>
+#ifdef RESNORM_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "kernels/cpu/dispatch.h"
+#include "ops/add_layer_norm.h"
+#include "ops/cpu/linear_backend.h"
+#include "ops/cpu/onednn_linear.h"
+#include "ops/cpu/weight_fingerprint.h"
+#include "ops/layer_norm.h"
+#include "ops/linear.h"
+#include "ops/packed_attention.h"
+#include "ops/residual_add.h"
+
+namespace py = pybind11;
+
+namespace resnorm {
+namespace {
+
+// What the compiler saw, whatever it had been told.
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cpp_standard"] = __cplusplus;
+#ifdef RESNORM_WITH_CUDA
+  info["cuda"] = CUDART_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  return info;
+}
+
+Tensor onednn_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                     c10::string_view activation) {
+  return onednn::linear(input, weight, bias, parse_activation(activation), std::nullopt);
+}
+
+std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
+  return name_of(linear_backend(dtype, in_features, out_features));
+}
+
+void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64_t out_features,
+                                const std::string& name) {
+  set_linear_backend(dtype, in_features, out_features, parse_linear_backend(name));
+}
+
+}  // namespace
+}  // namespace resnorm
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  // no_gil: other Python threads run while an operator does. The wrapper also turns torch's C++ errors into its Python ones.
+  m.def("layer_norm", torch::wrap_pybind_function_no_gil(resnorm::layer_norm));
+  m.def("layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::layer_norm_out));
+  m.def("residual_add", torch::wrap_pybind_function_no_gil(resnorm::residual_add));
+  m.def("residual_add_out", torch::wrap_pybind_function_no_gil(resnorm::residual_add_out));
+  m.def("add_layer_norm", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm));
+  m.def("add_layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm_out));
+  m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
+  m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
+  m.def("onednn_supports", torch::wrap_pybind_function(resnorm::onednn::supports));
+  m.def("onednn_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::pack_weight));
+  m.def("onednn_linear", torch::wrap_pybind_function_no_gil(resnorm::onednn_linear));
+  m.def("onednn_padded_rows", resnorm::onednn::padded_rows);
+  m.def("linear_backend", torch::wrap_pybind_function(resnorm::linear_backend_name));
+  m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
+  m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
+  m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
+  m.def("build_info", resnorm::build_info);
+  m.def("cpu_isa", [] { return resnorm::cpu::kernels().isa; });
+  m.def("supported_cpu_isas", resnorm::cpu::supported_isas);
+}
