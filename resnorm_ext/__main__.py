@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m resnorm_ext COMMAND``: each command is a module of this package with ``main(arguments)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": "encode real text with a real BERT, as it comes and accelerated, and compare",
+    "info": "what this installation is built for, what the machine offers and what is in use",
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m resnorm_ext", formatter_class=argparse.RawTextHelpFormatter)
+    commands = "\n".join(f"{name}: {purpose}" for name, purpose in COMMANDS.items())
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=commands)
+    command = parser.parse_args(arguments[:1]).command
+    return importlib.import_module(f".{command}", __package__).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

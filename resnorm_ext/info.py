@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What this installation is built for, what the machine offers and what is in use; it also runs where parts of that are
+broken, and then says what is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import _extension, build_config, jit
+
+_SETTINGS = ("RESNORM_CPU_ISA", "RESNORM_JIT", "RESNORM_CACHE_DIR", "RESNORM_CUDA", "RESNORM_LINEAR")
+
+
+def collect() -> dict[str, object]:
+    """The whole report. A part that cannot be found out is ``{"error": why}``."""
+    return {
+        "version": build_config.VERSION,
+        "extension": _guarded(extension),
+        "kernels": _guarded(kernels),
+        "cpu": _guarded(cpu),
+        "torch": _guarded(torch_build),
+        "cuda": _guarded(cuda),
+        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+    }
+
+
+def extension() -> dict[str, object]:
+    """How and with what the extension was built; one that is not there yet is not compiled for this."""
+    if (library := _find()) is None:
+        return {"built": "no" if _extension.jit_choice() == "0" else "not yet: the first call compiles it"}
+    info = _extension.read_info(library)
+    report = {"built": "ahead of time" if library == _extension.find_built() else "at first use", "path": str(library)}
+    report |= {key: value for key, value in info.items() if key not in ("sources", "version")}
+    if build_config.source_hash() != info["sources"]:
+        report["stale"] = f"csrc has changed since. {_extension.how_to_build()}"
+    return report
+
+
+def kernels() -> dict[str, object]:
+    """Instruction sets whose kernels can run here, and the one whose kernels do."""
+    if _find() is None:
+        return {"in_use": None}
+    module = _extension.load_extension()
+    return {"cpu_isas": module.supported_cpu_isas(), "in_use": module.cpu_isa(), "compiled": module.build_info()}
+
+
+def cpu() -> dict[str, object]:
+    """The processor and those of its features that kernels are built for."""
+    text = Path("/proc/cpuinfo").read_text()
+    model, flags = (re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE) for name in ("model name", "flags"))
+    present = {flag.replace("_", "") for flag in flags[1].split()} if flags else set()
+    wanted = {flag[2:]: None for flags in build_config.ISA_FLAGS.values() for flag in flags if "=" not in flag}
+    return {
+        "model": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "features": [feature for feature in wanted if feature in present],
+    }
+
+
+def torch_build() -> dict[str, object]:
+    return {"version": str(torch.__version__), "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+
+
+def cuda() -> dict[str, object]:
+    """The GPUs that torch sees."""
+    return {
+        "available": torch.cuda.is_available(),
+        "devices": [
+            f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+            for i in range(torch.cuda.device_count())
+        ],
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m resnorm_ext info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object, for programs and bug reports")
+    report = collect()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"resnorm_ext {report.pop('version')}")
+        for part, entries in report.items():
+            if entries:
+                print(f"\n{part}")
+            for key, value in entries.items():
+                print(f"  {key.replace('_', ' ') + ':':<20} {_readable(value)}")
+    return 0
+
+
+def _find() -> Path | None:
+    """The library that is loaded, or would be loaded without compiling anything."""
+    if module := _extension.loaded():
+        return Path(module.__file__)
+    choice = _extension.jit_choice()
+    built = _extension.find_built() if choice != "1" else None
+    return built or (jit.find_cached() if choice != "0" else None)
+
+
+def _guarded(probe: Callable[[], dict[str, object]]) -> dict[str, object]:
+    try:
+        return probe()
+    except Exception as error:  # a report of what is broken must not break
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_readable(entry)}" for key, entry in value.items())
+    return "-" if value is None else str(value)

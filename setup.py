@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Builds the extension ahead of time; everything else about the package stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+# --no-build-isolation takes the setuptools that is there, whatever pyproject.toml asks for.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"resnorm_ext is built by setuptools 77 or newer, and {setuptools.__version__} is installed: "
+        "pip install --upgrade setuptools"
+    )
+
+ROOT = Path(__file__).resolve().parent
+
+# The package's own build modules under another name: importing resnorm_ext itself would need what is being built.
+_build = types.ModuleType("resnorm_build")
+_build.__path__ = [str(ROOT / "resnorm_ext")]
+sys.modules["resnorm_build"] = _build
+from resnorm_build import _ninja, _toolchain, build_config  # noqa: E402
+
+
+class BuildExtension(build_ext):
+    """Hands the work to _ninja.build; its objects stay in build/, so that a second build compiles what changed."""
+
+    def run(self) -> None:
+        for extension in self.extensions:
+            self.build_extension(extension)
+
+    def build_extension(self, ext: Extension) -> None:
+        toolchain = _toolchain.detect()
+        info = _ninja.build_info(toolchain)
+        print(
+            f"resnorm_ext: building {toolchain.kernels}",
+            *(f"  {k}: {v}" for k, v in info.items()),
+            sep="\n",
+            flush=True,
+        )
+        directory = ROOT / "build" / f"{toolchain.local_version}-{_ninja.toolchain_key(toolchain)[:8]}"
+        output = Path(self.get_ext_fullpath(ext.name))
+        _ninja.build(toolchain, directory, output, lambda _finished, _total, line: print(line, flush=True))
+
+
+class BuildPython(build_py):
+    """Adds the C++ sources to the package, for the JIT; an editable install finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "resnorm_ext" / "_csrc"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", target)
+
+
+def version() -> str:
+    """Names a built package by what it is built for (0.1.0+cu130.torch2.14); a source distribution is for all."""
+    if "sdist" in sys.argv:
+        return build_config.VERSION
+    try:
+        return f"{build_config.VERSION}+{_toolchain.detect().local_version}"
+    except _toolchain.BuildError:
+        return build_config.VERSION  # build_ext will raise it, where it is seen
+
+
+setup(
+    version=version(),
+    ext_modules=[Extension("resnorm_ext._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+)
