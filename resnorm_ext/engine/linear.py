@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Linear layers in inference: the faster of two libraries, and weights in the layout that it reads fastest.
+
+oneDNN multiplies packed weights. A packed weight is a second copy of it (so a model's linear layers take twice the
+memory), kept here and not in the modules, whose deepcopy, pickling and state_dict know nothing of it. It goes when its
+parameter goes, and is made anew when the parameter has changed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._extension import extension
+
+MAX_ROWS = 2048  # beyond this many rows at once float32 products slow down, and results no longer fit the caches
+
+
+class LinearShape(NamedTuple):
+    """A linear layer as far as its speed depends on it."""
+
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+
+
+class PreparedLinear(NamedTuple):
+    """``activation(x @ weight.T + bias)`` without grad; ``weight`` may be packed, and then only this can read it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    uses_onednn: bool
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """``(*, out_features)`` of ``x``, ``(*, in_features)``; ``activation`` as in ``functional.linear``."""
+        if self.uses_onednn:
+            return extension.onednn_linear(x, self.weight, self.bias, activation)
+        return extension.linear(x, self.weight, self.bias, activation, None)
+
+
+class _Entry(NamedTuple):
+    prepared: PreparedLinear
+    fingerprint: int
+    # Kept alive, so that no other parameter can come to lie where these lay and be taken for them.
+    storages: tuple[torch.UntypedStorage, ...]
+    sources: tuple[weakref.ref, ...]
+
+
+_entries: dict[tuple[int, ...], _Entry] = {}
+
+
+def prepare_linear(*parameters: tuple[Tensor, Tensor | None]) -> PreparedLinear:
+    """The linear layer of ``(weight, bias)``, or of several with one input, whose outputs are to lie side by side.
+
+    All weights are on the CPU and of one dtype and in_features. Of several layers all or none have a bias.
+    """
+    weight, bias = parameters[0]
+    backend = extension.linear_backend(weight.dtype, weight.size(1), sum(w.size(0) for w, _ in parameters))
+    if len(parameters) == 1 and (backend == "aten" or weight.is_inference()):
+        return PreparedLinear(weight, bias, False)
+    tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):  # they count no versions: their changes would go unnoticed
+        return _prepare(parameters, "aten")
+
+    key = tuple(map(id, tensors))
+    fingerprint = extension.weight_fingerprint(tensors)
+    entry = _entries.get(key)
+    if entry is None or entry.fingerprint != fingerprint or entry.prepared.uses_onednn != (backend == "onednn"):
+        entry = _entries[key] = _Entry(
+            _prepare(parameters, backend),
+            fingerprint,
+            tuple(tensor.untyped_storage() for tensor in tensors),
+            tuple(weakref.ref(tensor, lambda _: _entries.pop(key, None)) for tensor in tensors),
+        )
+    return entry.prepared
+
+
+def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], backend: str) -> PreparedLinear:
+    weights, biases = zip(*parameters, strict=True)
+    weight = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+    bias = biases[0] if len(biases) == 1 or biases[0] is None else torch.cat([bias.detach() for bias in biases])
+    if backend == "onednn":
+        weight = extension.onednn_pack_weight(weight)
+    return PreparedLinear(weight, bias, backend == "onednn")
+
+
+def forget_linears(parameters: Iterable[Tensor]) -> None:
+    """Frees what is kept for any of ``parameters``."""
+    forgotten = set(map(id, parameters))
+    for key in [key for key in list(_entries) if not forgotten.isdisjoint(key)]:
+        _entries.pop(key, None)
+
+
+def choose_backends(shapes: Iterable[LinearShape]) -> None:
+    """Measures, for shapes not measured yet in this process, which backend is the faster one, and uses that.
+
+    Measures nothing where ``RESNORM_LINEAR`` decides, under deterministic algorithms, or where only ATen can do it.
+    """
+    if extension.linear_backend_override() or torch.are_deterministic_algorithms_enabled():
+        return
+    for shape in sorted(set(shapes) - _measured, key=str):
+        if extension.onednn_supports(shape.dtype):
+            extension.set_linear_backend(*shape, _faster_backend(shape))
+            _measured.add(shape)
+
+
+_measured: set[LinearShape] = set()
+_MEASURED_ROWS = (16, 256)  # a sentence, a batch
+_MEASUREMENTS = 5
+
+
+@torch.no_grad()
+def _faster_backend(shape: LinearShape) -> str:
+    weight = torch.randn(shape.out_features, shape.in_features).to(shape.dtype)
+    bias = torch.zeros(shape.out_features, dtype=shape.dtype)
+    packed = extension.onednn_pack_weight(weight)
+    log_ratio = 0.0
+    for rows in _MEASURED_ROWS:
+        x = torch.randn(rows, shape.in_features).to(shape.dtype)
+        aten, onednn = _shortest_times(
+            lambda x=x: torch.nn.functional.linear(x, weight, bias),
+            lambda x=x: extension.onednn_linear(x, packed, bias, "none"),
+        )
+        log_ratio += math.log(onednn / aten)
+    return "onednn" if log_ratio < 0.0 else "aten"
+
+
+def _shortest_times(*functions: Callable[[], object]) -> list[float]:
+    """Seconds that each function takes, taken in turns so that a disturbance meets all of them."""
+    times = [math.inf] * len(functions)
+    for function in functions:
+        function()
+    for _ in range(_MEASUREMENTS):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            times[i] = min(times[i], time.perf_counter() - start)
+    return times

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hugging Face's BERT. In inference its encoder runs on packed batches, padding-free from before the embeddings to
+after the last layer; with grad, or where anything about a call asks for the original computation, that is what runs,
+with the residual adds and norms fused.
+
+The way a call takes is decided by the call: see ``_layers_to_run`` for what keeps it from the packed path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert
+
+from .. import functional
+from ..engine.linear import LinearShape, prepare_linear
+from ..engine.packing import pack, unpack
+from ..engine.post_norm import Norm, PostNormLayer, encode
+from ..modules import LayerNorm
+from ..modules.eligibility import activation_name
+from .replace import Finding, is_replaced, named_modules, original_class
+from .transformers import (
+    PackedBatch,
+    attention_obstacle,
+    captures_outputs,
+    carried,
+    carrying,
+    hides_first_position,
+    is_as_built,
+    key_mask_of,
+    mode_obstacle,
+    packing_of_mask,
+    stand_in,
+    stood_for,
+)
+
+_log = logging.getLogger(__name__)
+
+_NORMS = (LayerNorm, nn.LayerNorm)
+
+
+class BertEmbeddings(modeling_bert.BertEmbeddings):
+    """Embeds only the tokens of a batch that ``hand_over_mask`` has packed."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        batch = carried(inputs_embeds if input_ids is None else input_ids)
+        if batch is None:
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        indices, shape = batch.packing.indices, (batch.packing.batch_size, batch.packing.length)
+
+        def of_tokens(ids: Tensor) -> Tensor:
+            return ids.expand(shape).reshape(-1)[indices]
+
+        positions = of_tokens(self.position_ids[:, : shape[1]] if position_ids is None else position_ids)
+        types = self.token_type_ids[0, positions] if token_type_ids is None else of_tokens(token_type_ids)
+        if inputs_embeds is None:
+            words = F.embedding(of_tokens(input_ids), self.word_embeddings.weight)
+        else:
+            words = pack(inputs_embeds, batch.packing)
+        words += F.embedding(types, self.token_type_embeddings.weight)
+        tokens = F.embedding(positions, self.position_embeddings.weight)
+        norm = self.LayerNorm
+        functional.add_layer_norm(tokens, words, norm.normalized_shape, norm.weight, norm.bias, norm.eps, out=tokens)
+        return stand_in(tokens, batch)
+
+
+class BertEncoder(modeling_bert.BertEncoder):
+    """Runs all layers on packed tokens where nothing about the call and the layers stands against it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        others = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, attention_mask, **others)
+        batch = carried(hidden_states)
+        if batch is not None:
+            tokens = stood_for(hidden_states)
+        else:
+            batch = _packed_batch_of_encoder(self, hidden_states, attention_mask, others)
+            if isinstance(batch, str):
+                _log.debug("BertEncoder: original computation, because %s", batch)
+                return super().forward(hidden_states, attention_mask, **others)
+            tokens = pack(hidden_states, batch.packing)
+        packing = batch.packing
+        _log.debug("BertEncoder: packed, %d tokens of %d x %d", len(tokens), packing.batch_size, packing.length)
+        tokens = encode(tokens, packing.cu_seqlens, batch.layers)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=unpack(tokens, packing))
+
+
+class BertSelfOutput(modeling_bert.BertSelfOutput):
+    """Dropout, residual add and layer norm in one pass."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return _dropout_add_norm(self, self.dense(hidden_states), input_tensor)
+
+
+class BertOutput(modeling_bert.BertOutput):
+    """Dropout, residual add and layer norm in one pass."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return _dropout_add_norm(self, self.dense(hidden_states), input_tensor)
+
+
+def _dropout_add_norm(block: BertSelfOutput | BertOutput, update: Tensor, residual: Tensor) -> Tensor:
+    dropout, norm = block.dropout, block.LayerNorm
+    fuses = (
+        is_as_built(dropout, nn.Dropout)
+        and is_as_built(norm, *_NORMS)
+        and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm
+        and update.shape == residual.shape
+    )
+    if not fuses:
+        return norm(dropout(update) + residual)
+    return functional.add_layer_norm(
+        update,
+        residual,
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout_p=dropout.p,
+        training=dropout.training,
+    )
+
+
+_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
+_WITHOUT_EFFECT = ("return_dict", "use_cache")  # on what an encoder computes
+
+
+def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of BertModel: its input goes on carrying the packed batch, where there can be one."""
+    if torch.compiler.is_compiling() or len(args) > len(_ARGUMENTS):
+        return None
+    arguments = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    batch = _packed_batch_of_model(model, arguments)
+    if isinstance(batch, str):
+        return None
+    name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
+    tensor = carrying(arguments[name], batch)
+    if name in kwargs:
+        return args, kwargs | {name: tensor}
+    index = _ARGUMENTS.index(name)
+    return (*args[:index], tensor, *args[index + 1 :]), kwargs
+
+
+def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> PackedBatch | str:
+    """What BertModel's call with these arguments packs; or why the embeddings cannot be packed.
+
+    Where only they cannot, the encoder will still find out that it can.
+    """
+    embeddings, encoder = model.embeddings, model.encoder
+    if type(model).forward is not modeling_bert.BertModel.forward or "forward" in model.__dict__:
+        return "the model has a forward of its own"
+    if next(reversed(model._forward_pre_hooks.values())) is not hand_over_mask:
+        return "another pre-hook comes later"
+    if any(arguments.get(flag, getattr(model.config, flag, False)) for flag in _OUTPUT_FLAGS):
+        return "hidden states or attention weights are asked for"
+    if not is_as_built(encoder, BertEncoder) or not _embeddings_as_built(embeddings):
+        return "embeddings or encoder have hooks or are not as they were built"
+    x = arguments.get("input_ids")
+    x = arguments.get("inputs_embeds") if x is None else x
+    key_mask = arguments.get("attention_mask")
+    if x is None or x.dim() < 2 or x.size(1) > embeddings.position_ids.size(1):
+        return "the arguments are not valid"
+    if key_mask is not None:
+        if key_mask.shape != x.shape[:2]:
+            return "the attention mask is not that of a padded batch"
+        key_mask = key_mask.to(torch.bool)
+        if model.pooler is not None and hides_first_position(key_mask):
+            return "a pooler reads position 0, which is hidden"
+    others = {name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_WITHOUT_EFFECT)}
+    layers = _layers_to_run(encoder, x, embeddings.word_embeddings.weight.dtype, others)
+    if isinstance(layers, str):
+        return layers
+    return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
+
+
+def _packed_batch_of_encoder(
+    encoder: BertEncoder, x: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
+) -> PackedBatch | str:
+    """What BertEncoder's call on padded hidden states packs; or why it cannot."""
+    if captures_outputs():
+        return "hidden states or attention weights are asked for"
+    others = {name: value for name, value in arguments.items() if name != "position_ids"}
+    layers = _layers_to_run(encoder, x, x.dtype, others)
+    if isinstance(layers, str):
+        return layers
+    key_mask = None
+    if attention_mask is not None:
+        key_mask = key_mask_of(attention_mask, *x.shape[:2])
+        if key_mask is None:
+            return "the attention mask does not only hide keys"
+        if hides_first_position(key_mask):
+            return "position 0 is hidden, and a pooler may read it"
+    return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
+
+
+def _embeddings_as_built(embeddings: nn.Module) -> bool:
+    parts = embeddings._modules
+    tables = [parts.get(f"{name}_embeddings") for name in ("word", "position", "token_type")]
+    return (
+        is_as_built(embeddings, BertEmbeddings)
+        and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
+        and len({table.weight.dtype for table in tables}) == 1
+        and is_as_built(parts["LayerNorm"], *_NORMS)
+        and is_as_built(parts["dropout"], nn.Dropout)
+        and not _acts(parts["dropout"])
+    )
+
+
+def _acts(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0.0
+
+
+def _layers_to_run(
+    encoder: nn.Module, x: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> list[PostNormLayer] | str:
+    """The encoder's layers for a packed call on ``x`` with these further arguments; or what stands against it."""
+    obstacle = mode_obstacle(x) or attention_obstacle(encoder.config, modeling_bert.eager_attention_forward)
+    if obstacle is not None:
+        return obstacle
+    if x.is_floating_point() and x.dtype != dtype:
+        return f"the input is {x.dtype}, not {dtype}"
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            return f"{name} is given"
+    layers = []
+    for index, module in enumerate(encoder.layer._modules.values()):
+        layer = _post_norm_layer(module, dtype)
+        if isinstance(layer, str):
+            return f"layer.{index}{layer}"
+        layers.append(layer)
+    return layers or "there are no layers"
+
+
+_PARTS = {
+    ("attention",): (modeling_bert.BertAttention,),
+    ("attention", "self"): (modeling_bert.BertSelfAttention,),
+    ("attention", "self", "query"): (nn.Linear,),
+    ("attention", "self", "key"): (nn.Linear,),
+    ("attention", "self", "value"): (nn.Linear,),
+    ("attention", "self", "dropout"): (nn.Dropout,),
+    ("attention", "output"): (BertSelfOutput, modeling_bert.BertSelfOutput),
+    ("attention", "output", "dense"): (nn.Linear,),
+    ("attention", "output", "dropout"): (nn.Dropout,),
+    ("attention", "output", "LayerNorm"): _NORMS,
+    ("intermediate",): (modeling_bert.BertIntermediate,),
+    ("intermediate", "dense"): (nn.Linear,),
+    ("output",): (BertOutput, modeling_bert.BertOutput),
+    ("output", "dense"): (nn.Linear,),
+    ("output", "dropout"): (nn.Dropout,),
+    ("output", "LayerNorm"): _NORMS,
+}
+
+
+def _parts_as_built(layer: nn.Module) -> list[nn.Module] | str:
+    """The modules of ``layer`` in the order of ``_PARTS``; or the name of what is not as it was built, and why."""
+    if not is_as_built(layer, modeling_bert.BertLayer):
+        return _not_as_built(layer, modeling_bert.BertLayer)
+    parts = []
+    for path, types in _PARTS.items():
+        part: nn.Module | None = layer
+        for name in path:
+            part = part._modules.get(name)
+        if not is_as_built(part, *types):
+            return f".{'.'.join(path)}{_not_as_built(part, *types)}"
+        parts.append(part)
+    return parts
+
+
+def _not_as_built(module: nn.Module | None, *types: type[nn.Module]) -> str:
+    actual = type(module)
+    if actual in types:
+        return " has hooks, a forward or tensors of its own"
+    return f" is a {actual.__module__}.{actual.__qualname__}, not a {types[-1].__name__}"
+
+
+def _post_norm_layer(layer: nn.Module, dtype: torch.dtype) -> PostNormLayer | str:
+    """``layer`` for a packed call in ``dtype``; or what stands against it."""
+    parts = _parts_as_built(layer)
+    if isinstance(parts, str):
+        return parts
+    (
+        _,
+        attention,
+        query,
+        key,
+        value,
+        attention_dropout,
+        _,
+        attention_dense,
+        hidden_dropout,
+        attention_norm,
+        intermediate,
+        intermediate_dense,
+        _,
+        output_dense,
+        output_dropout,
+        output_norm,
+    ) = parts
+    if layer.is_decoder or attention.is_causal:
+        return " is a decoder's"
+    if (attention.training and attention_dropout.p > 0.0) or _acts(hidden_dropout) or _acts(output_dropout):
+        return " is in training: dropout acts"
+    linears = (query, key, value, attention_dense, intermediate_dense, output_dense)
+    if any(linear.weight.dtype != dtype or not linear.weight.is_cpu for linear in linears):
+        return f" is not in {dtype} on the CPU, as its input"
+    if len({linear.bias is None for linear in linears[:3]}) > 1:
+        return ".attention.self has biases for some of its projections only"
+    return PostNormLayer(
+        num_heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        qkv=prepare_linear(*((linear.weight, linear.bias) for linear in linears[:3])),
+        attention_output=prepare_linear((attention_dense.weight, attention_dense.bias)),
+        attention_norm=Norm(attention_norm.weight, attention_norm.bias, attention_norm.eps),
+        intermediate=prepare_linear((intermediate_dense.weight, intermediate_dense.bias)),
+        activation=_activation(intermediate.intermediate_act_fn),
+        output=prepare_linear((output_dense.weight, output_dense.bias)),
+        output_norm=Norm(output_norm.weight, output_norm.bias, output_norm.eps),
+    )
+
+
+def _activation(function: Any) -> Any:
+    """The name by which ``functional.linear`` knows ``function``, else ``function``."""
+    if is_as_built(function, GELUActivation) and function.act is F.gelu:
+        return "gelu"
+    return activation_name(function) or function
+
+
+_REPLACEMENTS = {
+    modeling_bert.BertEmbeddings: BertEmbeddings,
+    modeling_bert.BertEncoder: BertEncoder,
+    modeling_bert.BertSelfOutput: BertSelfOutput,
+    modeling_bert.BertOutput: BertOutput,
+}
+
+
+def find(model: nn.Module) -> Iterator[Finding]:
+    """The modules of ``model`` that are replaced, and those of their kind that are not."""
+    decoders = [name for name, bert in named_modules(model, modeling_bert.BertModel) if bert.config.is_decoder]
+    for name, module in model.named_modules():
+        replacement = _REPLACEMENTS.get(original_class(module))
+        if replacement is not None and not _is_inside(decoders, name):
+            yield Finding(name, module, replacement, _encoder_obstacle(module) if replacement is BertEncoder else None)
+        elif isinstance(module, modeling_bert.BertCrossAttention):
+            yield Finding(name, module, None, "cross-attention")
+        elif name in decoders:
+            yield Finding(name, module, None, "a decoder: its attention is causal and may have a cache")
+        elif isinstance(module, tuple(_REPLACEMENTS)) and replacement is None:
+            yield Finding(name, module, None, "a subclass, which may compute something else")
+
+
+def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    """The modules of ``model`` that get a forward pre-hook, and the hook."""
+    for _, bert in named_modules(model, modeling_bert.BertModel):
+        if is_replaced(bert.encoder):
+            yield bert, hand_over_mask
+
+
+def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
+    """Of the products that the packed path of ``model`` has."""
+    for _, layer in named_modules(model, modeling_bert.BertLayer):
+        parts = _parts_as_built(layer)
+        if isinstance(parts, str):
+            continue
+        query, *_ = linears = [part for part in parts if isinstance(part, nn.Linear)]
+        if not query.weight.is_cpu:
+            continue
+        yield LinearShape(query.weight.dtype, query.in_features, sum(linear.out_features for linear in linears[:3]))
+        for linear in linears[3:]:
+            yield LinearShape(linear.weight.dtype, linear.in_features, linear.out_features)
+
+
+def _is_inside(parents: list[str], name: str) -> bool:
+    return any(not parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _encoder_obstacle(encoder: nn.Module) -> str | None:
+    """What about its modules keeps ``encoder`` from the packed path at present."""
+    for index, layer in enumerate(encoder.layer):
+        parts = _parts_as_built(layer)
+        if isinstance(parts, str):
+            return f"layer.{index}{parts}"
+    return None

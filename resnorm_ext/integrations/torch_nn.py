@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``torch.nn``'s LayerNorm and Transformer encoder: their subclasses in this package take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from .. import modules
+from ..engine.linear import LinearShape
+from ..modules.encoder_stack import obstacle
+from .replace import Finding, named_modules, original_class
+
+_REPLACEMENTS = {
+    nn.LayerNorm: modules.LayerNorm,
+    nn.TransformerEncoderLayer: modules.TransformerEncoderLayer,
+    nn.TransformerEncoder: modules.TransformerEncoder,
+}
+
+
+def find(model: nn.Module) -> Iterator[Finding]:
+    """The modules of ``model`` that are replaced, and those of their kind that are not."""
+    attentions = {id(layer.self_attn) for _, layer in _encoder_layers(model)}
+    for name, module in model.named_modules():
+        original = original_class(module)
+        if original is nn.MultiheadAttention:
+            if id(module) in attentions:
+                yield Finding(name, module, modules.SelfAttention)
+            else:
+                yield Finding(name, module, None, "outside an encoder layer its key and value may be another's")
+        elif original in _REPLACEMENTS:
+            reason = obstacle(module) if original is nn.TransformerEncoderLayer else None
+            yield Finding(name, module, _REPLACEMENTS[original], reason)
+        elif isinstance(module, nn.TransformerDecoder | nn.TransformerDecoderLayer):
+            yield Finding(name, module, None, "a decoder has cross-attention")
+        elif isinstance(module, tuple(_REPLACEMENTS)) and not original.__module__.startswith(modules.__name__):
+            kind = next(base for base in _REPLACEMENTS if isinstance(module, base))
+            yield Finding(name, module, None, f"a subclass of nn.{kind.__name__}, which may compute something else")
+
+
+def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    """The modules of ``model`` that get a forward pre-hook, and the hook: none."""
+    return iter(())
+
+
+def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
+    """Of the linear layers of the encoder layers in ``model``."""
+    for _, layer in _encoder_layers(model):
+        if obstacle(layer) is None and layer.linear1.weight.is_cpu:
+            attention = layer.self_attn
+            for weight in (
+                attention.in_proj_weight,
+                attention.out_proj.weight,
+                layer.linear1.weight,
+                layer.linear2.weight,
+            ):
+                yield LinearShape(weight.dtype, weight.size(1), weight.size(0))
+
+
+def _encoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in named_modules(model, nn.TransformerEncoderLayer):
+        if original_class(layer) in (nn.TransformerEncoderLayer, modules.TransformerEncoderLayer):
+            yield name, layer

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What Hugging Face's models have in common, for paths that compute what several of their modules do.
+
+A model's mask is known before its embeddings and used in its encoder. Between them the packed batch travels on the
+tensors themselves: a tensor that carries one is a new Python object, so calls in several threads cannot meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
+
+from ..engine.packing import Packing, packing_of
+from ..engine.post_norm import PostNormLayer
+from ..modules.eligibility import has_global_hooks, has_plain_tensors, is_eager
+
+_CAPTURING_HOOK = f"{output_capturing.install_output_capuring_hook.__qualname__}.<locals>.output_capturing_hook"
+
+
+def captures_outputs() -> bool:
+    """Whether the model that is running now collects hidden states or attention weights by hooks."""
+    return bool(output_capturing._active_collector.get())
+
+
+def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what the ``forward`` of one of exactly these ``types`` does, and nothing else.
+
+    The hooks that transformers leaves behind after collecting outputs do nothing while ``captures_outputs`` is false,
+    and do not count.
+    """
+    if type(module) not in types or "forward" in module.__dict__:
+        return False
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return _has_no_active_hook(module) and has_plain_tensors(module._parameters.values())
+
+
+def _has_no_active_hook(module: nn.Module) -> bool:
+    return not module._forward_hooks or (
+        not captures_outputs()
+        and all(getattr(hook, "__qualname__", "") == _CAPTURING_HOOK for hook in module._forward_hooks.values())
+    )
+
+
+def mode_obstacle(x: Tensor) -> str | None:
+    """What about the mode of this call on ``x`` keeps it from the packed path."""
+    if torch.is_grad_enabled():
+        return "grad mode is on"
+    if not is_eager(x):
+        return "the call is traced or transformed"
+    if not x.is_cpu:
+        return f"the input is on {x.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if has_global_hooks():
+        return "hooks for all modules are registered"
+    return None
+
+
+def attention_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
+    """What about the attention that ``config`` asks for keeps a call from the packed path."""
+    if config.is_decoder or getattr(config, "is_causal", False):
+        return "the attention is causal"
+    implementation = config._attn_implementation
+    known = {"eager": (eager_attention, eager_mask), "sdpa": (sdpa_attention_forward, sdpa_mask)}
+    if implementation not in known:
+        return f"the attention implementation is {implementation}"
+    in_use = (
+        ALL_ATTENTION_FUNCTIONS.get(implementation, eager_attention),
+        ALL_MASK_ATTENTION_FUNCTIONS.get(implementation),
+    )
+    return None if in_use == known[implementation] else f"{implementation} attention has been redefined"
+
+
+class PackedBatch(NamedTuple):
+    """A batch that is to go through ``layers`` without padding."""
+
+    packing: Packing
+    layers: list[PostNormLayer]
+
+
+def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
+    """``tensor`` as a new object that carries ``batch``."""
+    alias = tensor.detach()
+    alias._resnorm_batch = batch
+    return alias
+
+
+def carried(tensor: Tensor | None) -> PackedBatch | None:
+    """The batch that ``tensor`` carries."""
+    return getattr(tensor, "_resnorm_batch", None)
+
+
+def stand_in(tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """``(batch_size, length, dim)`` for packed ``tokens``: shape, dtype and device for whoever asks, no values.
+
+    NaN throughout, so that a computation on it cannot go unnoticed.
+    """
+    shape = (batch.packing.batch_size, batch.packing.length, tokens.size(-1))
+    padded = tokens.new_full((), torch.nan).expand(shape)
+    padded._resnorm_batch, padded._resnorm_tokens = batch, tokens
+    return padded
+
+
+def stood_for(padded: Tensor) -> Tensor:
+    """The tokens that ``stand_in`` was given."""
+    return padded._resnorm_tokens
+
+
+def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int) -> Packing:
+    """The packing of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
+    if key_mask is not None and not key_mask.all():
+        return packing_of(key_mask)
+    cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32) * length
+    return Packing(cu_seqlens, torch.arange(batch_size * length), batch_size, length, length)
+
+
+def key_mask_of(attention_mask: Tensor, batch_size: int, length: int) -> Tensor | None:
+    """The bool ``(batch_size, length)`` of keys to attend to, if that is all ``attention_mask`` says; else None.
+
+    ``attention_mask`` is what the attention adds to the scores or, bool, attends to where True: ``(batch_size, 1,
+    length, length)``. Its values are read.
+    """
+    shape = (batch_size, 1, length, length)
+    if attention_mask.dim() != 4 or any(m not in (1, n) for m, n in zip(attention_mask.shape, shape, strict=True)):
+        return None
+    mask = attention_mask.expand(shape)
+    keys = mask[:, 0, 0]
+    if not torch.equal(mask, keys[:, None, None].expand(shape)):
+        return None
+    if keys.dtype == torch.bool:
+        return keys
+    attended = keys == 0
+    return attended if (attended | (keys <= torch.finfo(keys.dtype).min)).all() else None
+
+
+def hides_first_position(key_mask: Tensor | None) -> bool:
+    """Whether a sequence that has tokens does not have one at position 0, where poolers read."""
+    return key_mask is not None and bool((key_mask.any(1) & ~key_mask[:, 0]).any())

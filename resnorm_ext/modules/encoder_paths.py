@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The way a batch takes through encoder layers, chosen at every call:
+
+- **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; and without grad, where a
+  padding mask hides anything and no other mask but a causal one is given.
+- **padded**: fused operators on the batch with its masks as given. Under torch.compile and export nothing depends on
+  the masks' values.
+- **by modules**: the parts are called one by one, as torch.nn does, because one of them has a hook or is not what was
+  built (another norm, an adapter, a parametrization).
+
+At positions that are not padded all three give what torch.nn computes without its fast path. Padded positions are zeros
+without grad, and what torch.nn computes there with grad.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.packing import pack, packing_of, packing_of_sequences, unpack
+from .attention import AttentionPattern
+from .eligibility import is_eager
+from .encoder_stack import run_layers
+from .masks import (
+    additive,
+    batch_and_length,
+    causal_mask,
+    check_masks,
+    hidden_keys,
+    holds_only_padding,
+    is_causal_mask,
+    merge_masks,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Stack(NamedTuple):
+    """Encoder layers as one call sees them.
+
+    Attributes:
+        layers: at least one.
+        final_norm: follows the last layer.
+        obstacle: why fused operators do not compute what these modules do; None where they do.
+        by_modules: ``(src, mask, key_padding_mask, is_causal) -> output``, calling each module.
+    """
+
+    layers: Sequence[nn.TransformerEncoderLayer]
+    final_norm: nn.Module | None
+    obstacle: str | None
+    by_modules: Callable[[Tensor, Tensor | None, Tensor | None, bool], Tensor]
+
+    @property
+    def batch_first(self) -> bool:
+        return getattr(self.layers[0].self_attn, "batch_first", False)
+
+
+def encode_sequences(
+    stack: Stack, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool
+) -> Tensor:
+    """The output, ``(tokens, dim)``, for packed ``tokens`` whose sequences' bounds are ``cu_seqlens``."""
+    if stack.obstacle is None:
+        _report("packed: cu_seqlens given")
+        pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=False)
+    packing = packing_of_sequences(cu_seqlens.to(tokens.device), tokens.size(0), max_seqlen)
+    padded = _batch_first(unpack(tokens, packing), stack)
+    output = _run_by_modules(stack, padded, None, packing.padding(), is_causal)
+    return pack(_batch_first(output, stack), packing)
+
+
+def encode_batch(
+    stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool | None
+) -> Tensor:
+    """The output, of ``src``'s shape, for a padded batch or an unbatched sequence with torch.nn's masks."""
+    if stack.obstacle is not None:
+        hidden = None if key_padding_mask is None else hidden_keys(key_padding_mask)
+        is_causal = _is_causal(is_causal, mask, src, stack)
+        return _zero_without_grad(_run_by_modules(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+    check_masks(src, mask, key_padding_mask, stack.layers[0].self_attn.num_heads, stack.batch_first)
+    if src.dim() == 2:
+        batch_dim = 0 if stack.batch_first else 1
+        keys = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        return encode_batch(stack, src.unsqueeze(batch_dim), mask, keys, is_causal).squeeze(batch_dim)
+
+    is_causal = _is_causal(is_causal, mask, src, stack)
+    hidden = None if key_padding_mask is None else hidden_keys(key_padding_mask)
+    if hidden is not None and is_eager(src) and holds_only_padding(key_padding_mask, hidden):
+        if not hidden.any():
+            key_padding_mask = hidden = None
+        elif not torch.is_grad_enabled() and (mask is None or is_causal):
+            return _run_packed(stack, src, hidden, is_causal)
+    return _zero_without_grad(_run_padded(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+
+
+def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool) -> Tensor:
+    packing = packing_of(~padding)
+    _report("packed: %d of %d positions are tokens", packing.indices.numel(), padding.numel())
+    pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
+    tokens = pack(_batch_first(src, stack), packing)
+    output = run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=True)
+    return _batch_first(unpack(output, packing), stack).contiguous()
+
+
+def _run_padded(
+    stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    _report("padded: %s", "no padding" if key_padding_mask is None else "grad mode, or masks that forbid packing")
+    batch, length = batch_and_length(src, stack.batch_first)
+    num_heads = stack.layers[0].self_attn.num_heads
+    mask, is_causal = merge_masks(
+        mask, key_padding_mask, is_causal, batch=batch, length=length, num_heads=num_heads, like=src
+    )
+    pattern = AttentionPattern(stack.batch_first, mask, is_causal)
+    return run_layers(stack.layers, stack.final_norm, src, pattern, owns_x=False)
+
+
+def _run_by_modules(
+    stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    _report("by modules: %s", stack.obstacle)
+    if is_causal and mask is None:
+        mask = causal_mask(batch_and_length(src, stack.batch_first)[1], like=src)
+    mask = None if mask is None else additive(mask, src.dtype)
+    key_padding_mask = None if key_padding_mask is None else additive(key_padding_mask, src.dtype)
+    return stack.by_modules(src, mask, key_padding_mask, is_causal)
+
+
+def _is_causal(is_causal: bool | None, mask: Tensor | None, src: Tensor, stack: Stack) -> bool:
+    """The caller's word, or what the values of ``mask`` say where they may be read."""
+    if is_causal is None:
+        length = batch_and_length(src, stack.batch_first)[1]
+        return mask is not None and is_eager(src) and is_causal_mask(mask, length)
+    return is_causal
+
+
+def _zero_without_grad(output: Tensor, padding: Tensor | None, stack: Stack) -> Tensor:
+    if padding is None or torch.is_grad_enabled():
+        return output
+    if output.dim() == 3 and not stack.batch_first:
+        padding = padding.t()
+    return output.masked_fill(padding.unsqueeze(-1), 0.0)
+
+
+def _report(message: str, *arguments: object) -> None:
+    if not torch.compiler.is_compiling():
+        _log.debug(message, *arguments)
+
+
+def _batch_first(x: Tensor, stack: Stack) -> Tensor:
+    """From the stack's layout to ``(batch, length, dim)`` and back."""
+    return x if stack.batch_first else x.transpose(0, 1)
