@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnorm_ext import functional
+from resnorm_ext._extension import extension, load_extension
+from resnorm_ext.engine import linear as engine
+from resnorm_ext.engine.linear import LinearShape, choose_backends, forget_linears, prepare_linear
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+# Around the sizes of the pieces that oneDNN's inputs are cut into.
+ROWS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 2047, 2048, 2049, 5003)
+IN, OUT = 24, 40
+
+
+def needs_onednn(dtype: torch.dtype = torch.float32) -> None:
+    load_extension()
+    if not extension.onednn_supports(dtype):
+        pytest.skip(f"this PyTorch or CPU has no oneDNN linear for {dtype}")
+
+
+@pytest.fixture(params=["aten", "onednn"])
+def backend(request: pytest.FixtureRequest):
+    """Both libraries, for the layers of these tests."""
+    shapes = [(dtype, IN, out) for dtype in (torch.float32, torch.bfloat16) for out in (OUT, 3 * OUT)]
+    if request.param == "onednn":
+        needs_onednn()
+    for shape in shapes:
+        extension.set_linear_backend(*shape, request.param)
+    yield request.param
+    for shape in shapes:
+        extension.set_linear_backend(*shape, "aten")
+
+
+def operands(rows: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    rows = (rows,) if isinstance(rows, int) else rows
+    shapes = ((*rows, IN), (OUT, IN), (OUT,), (*rows, OUT))
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def reference(x, weight, bias, activation, residual):
+    """In float64."""
+    x, weight, bias, residual = (None if t is None else t.double() for t in (x, weight, bias, residual))
+    output = ACTIVATIONS[activation](F.linear(x, weight, bias))
+    return output if residual is None else output + residual
+
+
+class TestOperator:
+    @pytest.mark.parametrize("with_residual", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_every_row_count(self, backend, activation, with_residual):
+        for rows in ROWS:
+            x, weight, bias, residual = operands(rows)
+            residual = residual if with_residual else None
+            output = functional.linear(x, weight, bias, activation=activation, residual=residual)
+            expected = reference(x, weight, bias, activation, residual)
+            assert output.shape == expected.shape and output.is_contiguous()
+            torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_every_dtype(self, backend, dtype, activation):
+        x, weight, bias, residual = operands((3, 35), dtype)
+        output = functional.linear(x, weight, bias, activation=activation, residual=residual)
+        expected = reference(x, weight, bias, activation, residual)
+        assert output.dtype == dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=8 * tolerance)
+
+    @pytest.mark.parametrize("leading", [(), (7,), (2, 3, 5), (0, 4)])
+    def test_leading_dimensions_and_no_bias(self, backend, leading):
+        x, weight, _, _ = operands(leading)
+        expected = reference(x, weight, None, "none", None)
+        torch.testing.assert_close(functional.linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
+
+    def test_strides(self, backend):
+        x, weight, bias, residual = operands(48)
+        x, weight, residual = x.t().contiguous().t(), weight.t().contiguous().t(), residual[:, ::1].flip(0)
+        expected = reference(x, weight, bias, "gelu", residual)
+        output = functional.linear(x, weight, bias, activation="gelu", residual=residual)
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+    def test_nothing_is_written_and_nothing_is_shared(self, backend):
+        arguments = operands(64)
+        before = [tensor.clone() for tensor in arguments]
+        x, weight, bias, residual = arguments
+        outputs = [functional.linear(x, weight, bias, residual=residual) for _ in range(3)]
+        outputs[0].zero_()
+        torch.testing.assert_close(outputs[1], outputs[2], rtol=0, atol=0)
+        assert all(map(torch.equal, arguments, before))
+
+    def test_residual_of_a_wider_dtype_widens_the_result(self, backend):
+        x, weight, bias, _ = operands(5, torch.bfloat16)
+        residual = torch.randn(5, OUT)
+        output = functional.linear(x, weight, bias, residual=residual)
+        torch.testing.assert_close(output, F.linear(x, weight, bias) + residual)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_gradients(self, backend, activation):
+        arguments = [t.double().requires_grad_() for t in operands(4)]
+
+        def call(x, weight, bias, residual):
+            return functional.linear(x, weight, bias, activation=activation, residual=residual)
+
+        assert torch.autograd.gradcheck(call, arguments)
+        assert torch.autograd.gradgradcheck(call, arguments)
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_opcheck(self, backend, requires_grad):
+        x, weight, bias, residual = (t.requires_grad_(requires_grad) for t in operands((2, 3)))
+        for arguments in ((x, weight), (x, weight, bias, "gelu", residual)):
+            torch.library.opcheck(torch.ops.resnorm.linear.default, arguments)
+
+    def test_torch_func(self, backend):
+        x, weight, bias, _ = operands((3, 5))
+
+        def loss(function, weight, x):
+            return function(x, weight, bias).square().sum()
+
+        for transform in (torch.func.grad, torch.func.jacrev):
+            ours = torch.func.vmap(transform(lambda w, x: loss(functional.linear, w, x)), (None, 0))(weight, x)
+            theirs = torch.func.vmap(transform(lambda w, x: loss(F.linear, w, x)), (None, 0))(weight, x)
+            torch.testing.assert_close(ours, theirs)
+        _, ours = torch.func.jvp(lambda x: functional.linear(x, weight, bias, activation="gelu"), (x,), (x,))
+        _, theirs = torch.func.jvp(lambda x: F.gelu(F.linear(x, weight, bias)), (x,), (x,))
+        torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_compiles_without_a_graph_break(self, backend, requires_grad):
+        x, weight, bias, residual = (t.requires_grad_(requires_grad) for t in operands((2, 3)))
+
+        def call(x, weight, bias, residual):
+            return functional.linear(x, weight, bias, activation="gelu", residual=residual)
+
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        output, expected = compiled(x, weight, bias, residual), call(x, weight, bias, residual)
+        torch.testing.assert_close(output, expected)
+        if requires_grad:
+            grads = torch.autograd.grad(output.sum(), (x, weight, bias, residual))
+            torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (x, weight, bias, residual)))
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_autocast_casts_as_torch_does(self, backend, requires_grad):
+        x, weight, bias, residual = (t.requires_grad_(requires_grad) for t in operands(5))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = functional.linear(x, weight, bias, activation="relu")
+            with_residual = functional.linear(x, weight, bias, residual=residual)
+            torch.testing.assert_close(output, F.relu(F.linear(x, weight, bias)))
+            torch.testing.assert_close(with_residual, F.linear(x, weight, bias) + residual)
+        assert output.dtype == torch.bfloat16 and with_residual.dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"input": torch.ones(3, IN + 1)}, RuntimeError, rf"shape \(\*, {IN}\).*\[3, {IN + 1}\]"),
+            ({"input": torch.ones(3, IN, dtype=torch.int64)}, NotImplementedError, "Long"),
+            ({"weight": torch.ones(IN)}, RuntimeError, rf"2-dimensional.*\[{IN}\]"),
+            ({"weight": torch.ones(OUT, IN, dtype=torch.float64)}, RuntimeError, "Float.*Double"),
+            ({"weight": torch.ones(OUT, IN, device="meta")}, RuntimeError, "cpu.*meta"),
+            ({"bias": torch.ones(OUT + 1)}, RuntimeError, rf"\[{OUT}\].*\[{OUT + 1}\]"),
+            ({"residual": torch.ones(3, OUT + 1)}, RuntimeError, rf"\[3, {OUT}\].*\[3, {OUT + 1}\]"),
+            ({"activation": "elu"}, ValueError, "gelu_tanh, but got elu"),
+        ],
+    )
+    def test_bad_input(self, change, error, message):
+        x, weight, bias, residual = operands(3)
+        arguments = {"input": x, "weight": weight, "bias": bias, "residual": residual} | change
+        with pytest.raises(error, match=message):
+            functional.linear(**arguments)
+
+
+class TestPreparedLinear:
+    """Weights that are kept packed follow every change of their parameters."""
+
+    @pytest.fixture
+    def layer(self, backend) -> nn.Linear:
+        torch.manual_seed(0)
+        layer = nn.Linear(IN, OUT)
+        yield layer
+        forget_linears(layer.parameters())
+
+    def check(self, *layers: nn.Linear, activation: str = "none") -> None:
+        x = torch.randn(10, IN).to(layers[0].weight.dtype)
+        with torch.no_grad():
+            output = prepare_linear(*((layer.weight, layer.bias) for layer in layers))(x, activation)
+            expected = torch.cat([ACTIVATIONS[activation](layer(x)) for layer in layers], -1)
+        tolerance = 1e-5 if x.dtype == torch.float32 else 4 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activation(self, layer, activation):
+        self.check(layer, activation=activation)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_layers_side_by_side(self, backend, bias):
+        layers = [nn.Linear(IN, OUT, bias=bias) for _ in range(3)]
+        self.check(*layers)
+        with torch.no_grad():
+            layers[1].weight.mul_(2.0)
+        self.check(*layers)
+
+    def test_in_place(self, layer):
+        self.check(layer)
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+            layer.bias.add_(1.0)
+        self.check(layer)
+
+    def test_in_place_in_inference_mode(self, layer):
+        self.check(layer)
+        with torch.inference_mode():
+            layer.weight.add_(1.0)
+        self.check(layer)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_load_state_dict(self, layer, assign):
+        self.check(layer)
+        layer.load_state_dict(nn.Linear(IN, OUT).state_dict(), assign=assign)
+        self.check(layer)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_to(self, layer, dtype):
+        self.check(layer)
+        self.check(layer.to(dtype))
+        self.check(layer.to(torch.float32))
+
+    def test_new_data(self, layer):
+        self.check(layer)
+        layer.weight.data = torch.randn(OUT, IN)
+        self.check(layer)
+
+    def test_write_through_data(self, layer):
+        """Leaves the version as it was."""
+        self.check(layer)
+        version = layer.weight._version
+        layer.weight.data.mul_(3.0)
+        assert layer.weight._version == version
+        self.check(layer)
+
+    def test_new_data_at_an_old_address(self, layer):
+        """What was freed may be handed out again: same address, same version, other values."""
+        self.check(layer)
+        for _ in range(20):
+            layer.weight.data = torch.randn(OUT, IN)
+            self.check(layer)
+
+    def test_another_layer_with_an_old_id(self, backend):
+        for _ in range(20):
+            self.check(nn.Linear(IN, OUT))
+
+    def test_change_of_backend(self, layer, backend):
+        self.check(layer)
+        extension.set_linear_backend(torch.float32, IN, OUT, "aten")
+        assert not prepare_linear((layer.weight, layer.bias)).uses_onednn
+
+    def test_parameters_made_in_inference_mode(self, backend):
+        with torch.inference_mode():
+            layers = [nn.Linear(IN, OUT) for _ in range(2)]
+            self.check(*layers)
+            self.check(layers[0])
+            for layer in layers:
+                layer.weight.add_(1.0)
+            self.check(*layers)
+            self.check(layers[0])
+
+    def test_nothing_is_kept_for_a_layer_that_is_gone(self, backend):
+        layers = [nn.Linear(IN, OUT) for _ in range(2)]
+        before = len(engine._entries)
+        self.check(*layers)
+        kept = [weakref.ref(entry.prepared.weight) for entry in list(engine._entries.values())[before:]]
+        assert len(kept) == 1
+        del layers[0]
+        assert len(engine._entries) == before and kept[0]() is None
+
+    def test_forget(self, layer):
+        pair = [layer, nn.Linear(IN, OUT)]
+        self.check(*pair)
+        forget_linears([layer.weight])
+        assert not any(id(layer.weight) in key for key in engine._entries)
+
+    def test_layer_is_none_the_wiser(self, layer):
+        self.check(layer)
+        twin = copy.deepcopy(layer)
+        assert twin.state_dict().keys() == layer.state_dict().keys() == {"weight", "bias"}
+        assert set(vars(layer)) == set(vars(nn.Linear(1, 1)))
+        self.check(twin)
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_the_number_of_row_counts(dtype):
+    """oneDNN keeps half a megabyte for every row count it sees."""
+    needs_onednn(dtype)
+    weight = torch.randn(OUT, IN).to(dtype)
+    packed = extension.onednn_pack_weight(weight)
+    row_counts = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:1300].tolist()
+    x = torch.randn(4096, IN).to(dtype)
+    for rows in row_counts[:300]:
+        extension.onednn_linear(x[:rows], packed, None, "none")
+    before = resident_mib()
+    for rows in row_counts[300:]:
+        extension.onednn_linear(x[:rows], packed, None, "none")
+    assert resident_mib() - before < 50
+
+
+class TestChoice:
+    shape = LinearShape(torch.float32, 48, 56)
+
+    @pytest.fixture(autouse=True)
+    def unmeasured(self):
+        needs_onednn()
+        engine._measured.discard(self.shape)
+        yield
+        engine._measured.discard(self.shape)
+        extension.set_linear_backend(*self.shape, "aten")
+
+    @pytest.mark.parametrize("faster", ["aten", "onednn"])
+    def test_the_faster_one_is_used_and_measured_once(self, monkeypatch, faster):
+        measured = []
+        monkeypatch.setattr(engine, "_faster_backend", lambda shape: measured.append(shape) or faster)
+        choose_backends([self.shape, self.shape])
+        choose_backends([self.shape])
+        assert measured == [self.shape]
+        assert extension.linear_backend(*self.shape) == faster
+
+    def test_measurement_gives_a_backend(self):
+        assert engine._faster_backend(self.shape) in ("aten", "onednn")
+
+    def test_nothing_is_measured_under_deterministic_algorithms(self, monkeypatch):
+        monkeypatch.setattr(engine, "_faster_backend", lambda shape: pytest.fail("measured"))
+        torch.use_deterministic_algorithms(True)
+        try:
+            choose_backends([self.shape])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert extension.linear_backend(*self.shape) == "aten"
+
+    def test_a_dtype_without_onednn_is_not_measured(self, monkeypatch):
+        monkeypatch.setattr(engine, "_faster_backend", lambda shape: pytest.fail("measured"))
+        shape = LinearShape(torch.float64, 48, 56)
+        choose_backends([shape])
+        extension.set_linear_backend(*shape, "onednn")
+        assert extension.linear_backend(*shape) == "aten"
+
+    def test_environment_variable(self):
+        program = """if True:
+            import torch
+            from resnorm_ext._extension import extension
+            from resnorm_ext.engine import linear
+            linear._faster_backend = lambda shape: 1 / 0
+            shape = linear.LinearShape(torch.float32, 48, 56)
+            linear.choose_backends([shape])
+            print(extension.linear_backend(*shape))
+        """
+        processes = {
+            value: subprocess.Popen(
+                [sys.executable, "-c", program],
+                env=os.environ | {"RESNORM_LINEAR": value},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for value in ("aten", "onednn", "mkl")
+        }
+        results = {value: process.communicate(timeout=300) for value, process in processes.items()}
+        for value in ("aten", "onednn"):
+            assert results[value][0].strip() == value, results[value][1]
+        assert "ValueError: Expected RESNORM_LINEAR to be aten or onednn, but got mkl" in results["mkl"][1]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What accelerate, restore and report do to a model as an object."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.bert import modeling_bert
+
+import resnorm_ext.modules
+from resnorm_ext.integrations import accelerate, report, restore
+
+from .conftest import assert_same_at_real_positions, inputs, tiny_config
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def attributes(model: nn.Module) -> dict[str, list[str]]:
+    return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+
+def torch_encoder(**options) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, nn.LayerNorm(32), enable_nested_tensor=False).eval()
+
+
+MODELS = {
+    "BertModel": lambda: transformers.BertModel(tiny_config()),
+    "BertForMaskedLM": lambda: transformers.BertForMaskedLM(tiny_config()),
+    "TransformerEncoder": torch_encoder,
+    "Transformer": lambda: nn.Transformer(32, 4, 2, 2, 64),
+    "LayerNorm": lambda: nn.LayerNorm(32),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestEveryModel:
+    def test_restore_puts_everything_back(self, name):
+        model = MODELS[name]()
+        before = classes(model), attributes(model), {k: v.clone() for k, v in model.state_dict().items()}
+        hooks = {
+            n: (dict(m._forward_pre_hooks), dict(m._forward_pre_hooks_with_kwargs)) for n, m in model.named_modules()
+        }
+        assert accelerate(model) is model
+        assert classes(model) != before[0]
+        assert restore(model) is model
+        assert (classes(model), attributes(model)) == before[:2]
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before[2].items())
+        for n, m in model.named_modules():
+            assert (dict(m._forward_pre_hooks), dict(m._forward_pre_hooks_with_kwargs)) == hooks[n]
+
+    def test_a_second_call_changes_nothing(self, name):
+        model = accelerate(MODELS[name]())
+        before = classes(model), attributes(model), str(report(model))
+        hooks = {n: dict(m._forward_pre_hooks) for n, m in model.named_modules()}
+        accelerate(model)
+        assert (classes(model), attributes(model), str(report(model))) == before
+        assert {n: dict(m._forward_pre_hooks) for n, m in model.named_modules()} == hooks
+        restore(model)
+        assert classes(model) == classes(MODELS[name]())
+
+    def test_state_dict(self, name):
+        model = MODELS[name]()
+        accelerated = accelerate(copy.deepcopy(model))
+        assert list(accelerated.state_dict()) == list(model.state_dict())
+        assert [n for n, _ in accelerated.named_parameters()] == [n for n, _ in model.named_parameters()]
+        twin = accelerate(MODELS[name]())
+        twin.load_state_dict(model.state_dict())
+        model.load_state_dict(twin.state_dict())
+
+    def test_class_names_and_subclasses(self, name):
+        """Tools find modules by either, as for wrapping policies."""
+        model = MODELS[name]()
+        before = classes(model)
+        for module_name, module in accelerate(model).named_modules():
+            assert isinstance(module, before[module_name])
+            assert type(module).__name__ in (before[module_name].__name__, "SelfAttention")
+
+    def test_other_instances_are_left_alone(self, name):
+        bystander = MODELS[name]()
+        before = classes(bystander)
+        accelerate(MODELS[name]())
+        assert classes(bystander) == before == classes(MODELS[name]())
+
+    def test_copies_and_pickles(self, name):
+        model = accelerate(MODELS[name]())
+        saved = io.BytesIO()
+        torch.save(model, saved)
+        saved.seek(0)
+        for twin in (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(saved, weights_only=False),
+        ):
+            assert classes(twin) == classes(model)
+            assert str(report(twin)) == str(report(model))
+            assert classes(restore(twin)) == classes(MODELS[name]())
+
+
+def test_no_pretrained_model_and_no_config_is_touched():
+    model = transformers.BertForMaskedLM(tiny_config())
+    before = model.config.to_dict()
+    accelerate(model)
+    assert type(model) is transformers.BertForMaskedLM and type(model.bert) is transformers.BertModel
+    assert model.config.to_dict() == before and model.config is model.bert.config
+
+
+def test_modules_that_a_user_built_of_ours_stay():
+    model = nn.Sequential(resnorm_ext.modules.LayerNorm(8), nn.LayerNorm(8))
+    restore(accelerate(model))
+    assert classes(model)["0"] is resnorm_ext.modules.LayerNorm
+    assert classes(model)["1"] is nn.LayerNorm
+
+
+def test_save_pretrained(tmp_path, tiny):
+    batch = inputs()
+    with torch.no_grad():
+        expected = tiny(**batch).last_hidden_state
+        accelerate(tiny).save_pretrained(tmp_path)
+        loaded = transformers.AutoModel.from_pretrained(tmp_path)
+        assert classes(loaded) == classes(restore(tiny))
+        assert_same_at_real_positions(loaded(**batch).last_hidden_state, expected, batch)
+
+
+@pytest.mark.parametrize("function", [accelerate, restore, report])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, but got int"):
+        function(1)
+
+
+class TestReport:
+    def test_of_a_model_that_is_not_accelerated(self, tiny):
+        result = report(tiny)
+        assert not result.replaced and not result.linear_backends
+        assert {item.reason for item in result.left_alone} == {"accelerate() has not been called"}
+
+    def test_names_what_was_replaced(self, pair):
+        tiny, accelerated = pair
+        result = report(accelerated)
+        was, now = classes(tiny), classes(accelerated)
+        assert {item.name for item in result.replaced} == {name for name in was if was[name] is not now[name]}
+        for item in result.replaced:
+            assert (item.original, item.replacement) == (was[item.name], now[item.name])
+        assert {"encoder", "embeddings", "embeddings.LayerNorm"} <= {item.name for item in result.replaced}
+        assert "BertOutput x 2 (encoder.layer.0.output, ...)" in str(result)
+
+    def test_says_which_library_multiplies(self, pair):
+        result = report(pair[1])
+        shapes = {(shape.in_features, shape.out_features) for shape in result.linear_backends}
+        assert shapes == {(32, 96), (32, 32), (32, 64), (64, 32)}
+        assert set(result.linear_backends.values()) <= {"aten", "onednn"}
+        assert "32 -> 96 float32: " in str(result)
+
+    def test_says_what_keeps_the_encoder_from_its_fast_path(self, pair):
+        linear = pair[1].encoder.layer[1].output.dense
+        linear.register_forward_hook(lambda *_: None)
+        (encoder,) = [item for item in report(pair[1]).replaced if item.name == "encoder"]
+        assert encoder.obstacle.startswith("layer.1.output.dense has hooks")
+        assert encoder.obstacle in str(report(pair[1]))
+
+    def test_decoder_is_left_alone(self):
+        model = transformers.BertLMHeadModel(tiny_config(is_decoder=True, add_cross_attention=True))
+        result = report(accelerate(model))
+        assert type(model.bert.encoder) is modeling_bert.BertEncoder
+        assert type(model.bert.embeddings) is modeling_bert.BertEmbeddings
+        reasons = {item.name: item.reason for item in result.left_alone}
+        assert "decoder" in reasons["bert"]
+        assert reasons["bert.encoder.layer.0.crossattention.self"] == "cross-attention"
+
+    def test_torch_decoder_and_lone_attention_are_left_alone(self):
+        model = accelerate(
+            nn.ModuleDict({"transformer": nn.Transformer(32, 4, 1, 1, 64), "lone": nn.MultiheadAttention(8, 2)})
+        )
+        reasons = {item.name: item.reason for item in report(model).left_alone}
+        assert "cross-attention" in reasons["transformer.decoder"]
+        assert "key and value" in reasons["transformer.decoder.layers.0.multihead_attn"]
+        assert "key and value" in reasons["lone"]
+        assert type(model["lone"]) is nn.MultiheadAttention
+        assert type(model["transformer"].decoder.layers[0]) is nn.TransformerDecoderLayer
+
+    def test_subclasses_are_left_alone(self):
+        class OtherNorm(nn.LayerNorm):
+            def forward(self, input):
+                return input
+
+        model = nn.Sequential(OtherNorm(8))
+        assert "subclass of nn.LayerNorm" in report(accelerate(model)).left_alone[0].reason
+        assert type(model[0]) is OtherNorm
+
+
+class TestTorchModels:
+    """What the replacements compute is tested where they are; here, that they are in place."""
+
+    @pytest.mark.parametrize("grad", [False, True])
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_encoder(self, norm_first, grad):
+        model = torch_encoder(norm_first=norm_first)
+        accelerated = accelerate(copy.deepcopy(model))
+        x = torch.randn(4, 9, 32)
+        padding = ~torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [0] * 2 + [1] * 7, [1] * 9]).bool()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.set_grad_enabled(grad):
+                expected = model(x, src_key_padding_mask=padding)
+                actual = accelerated(x, src_key_padding_mask=padding)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        torch.testing.assert_close(actual[~padding], expected[~padding], rtol=2e-5, atol=2e-5)
+        if grad:
+            for output in (actual, expected):
+                output[~padding].square().sum().backward()
+            for (name, ours), theirs in zip(accelerated.named_parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(
+                    ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+    def test_transformer(self):
+        model = nn.Transformer(32, 4, 2, 2, 64, dropout=0.0, batch_first=True).eval()
+        source, target = torch.randn(3, 7, 32), torch.randn(3, 5, 32)
+        with torch.no_grad():
+            expected = model(source, target)
+            torch.testing.assert_close(accelerate(model)(source, target), expected, rtol=2e-5, atol=2e-5)
+
+    def test_layer_norm(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        x = torch.randn(3, 8)
+        expected = model(x)
+        actual = accelerate(model)(x)
+        assert type(model[1]) is resnorm_ext.modules.LayerNorm
+        torch.testing.assert_close(actual, expected)

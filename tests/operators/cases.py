@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The norm operators and their options, as one table that the tests are parametrised over.
+
+A case knows how to make its inputs, how to call the operator and how to call the formula of ``resnorm_ext.reference``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnorm_ext import functional, reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+SEED = torch.tensor(0x1234_5678_9ABC_DEF)
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    operator: str
+    optional: tuple[str, ...] = ()  # which of weight, bias, input_bias are there
+    dropout_p: float = 0.0
+    prenorm: bool = False
+
+    def __str__(self) -> str:
+        dropout = ["dropout"] if self.dropout_p else []
+        return "-".join([self.operator, *self.optional, *dropout, *(["prenorm"] if self.prenorm else [])])
+
+    @property
+    def normalizes(self) -> bool:
+        return self.operator != "residual_add"
+
+    @property
+    def adds(self) -> bool:
+        return self.operator != "layer_norm"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return {"layer_norm": ("y",), "residual_add": ("s",)}.get(self.operator, ("y", "s") if self.prenorm else ("y",))
+
+    def make_inputs(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        *,
+        normalized_dims: int = 1,
+        residual: torch.dtype | None = None,
+        parameters: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Inputs:
+        """Random tensors by argument name; ``residual`` and ``parameters`` are dtypes, ``dtype`` where None."""
+        generator = torch.Generator().manual_seed(seed)
+        row = shape[len(shape) - (normalized_dims if self.normalizes else 1) :]
+
+        def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+        inputs = {"input": random(shape, dtype)}
+        if self.adds:
+            inputs["residual"] = random(shape, residual or dtype)
+        return inputs | {name: random(row, parameters or dtype) for name in self.optional}
+
+    def ours(self, inputs: Inputs, *, normalized_dims: int = 1, seed: Tensor = SEED, **options) -> tuple[Tensor, ...]:
+        """The operator's results, ``self.outputs``; ``options`` are more keyword arguments, as ``eps`` or ``out``."""
+        if self.adds:
+            options |= {"dropout_p": self.dropout_p, "training": True, "seed": seed}
+        if self.operator == "add_layer_norm":
+            options |= {"prenorm": self.prenorm}
+        options |= self._normalized_shape(inputs, normalized_dims)
+        result = getattr(functional, self.operator)(**inputs, **options)
+        return result if isinstance(result, tuple) else (result,)
+
+    def reference(
+        self, inputs: Inputs, *, normalized_dims: int = 1, seed: Tensor = SEED, **options
+    ) -> tuple[Tensor, ...]:
+        """What ``ours`` should give, in the dtype of ``inputs``."""
+        if self.adds:
+            options |= {"dropout_p": self.dropout_p, "seed": seed}
+        options |= self._normalized_shape(inputs, normalized_dims)
+        result = getattr(reference, self.operator)(**inputs, **options)
+        return result[: len(self.outputs)] if isinstance(result, tuple) else (result,)
+
+    def _normalized_shape(self, inputs: Inputs, normalized_dims: int) -> dict:
+        if not self.normalizes:
+            return {}
+        return {"normalized_shape": inputs["input"].shape[inputs["input"].dim() - normalized_dims :]}
+
+
+LAYER_NORM = [Case("layer_norm", optional) for optional in [(), ("weight",), ("bias",), ("weight", "bias")]]
+RESIDUAL_ADD = [Case("residual_add", optional, p) for optional in [(), ("input_bias",)] for p in (0.0, 0.3)]
+ADD_LAYER_NORM = [
+    Case("add_layer_norm", optional, p, prenorm)
+    for optional, p, prenorm in [
+        ((), 0.0, False),
+        (("weight",), 0.0, True),
+        (("bias",), 0.3, False),
+        (("weight", "bias"), 0.0, False),
+        (("weight", "bias"), 0.0, True),
+        (("weight", "bias"), 0.3, True),
+        (("input_bias",), 0.0, True),
+        (("weight", "bias", "input_bias"), 0.0, False),
+        (("weight", "bias", "input_bias"), 0.3, False),
+        (("weight", "bias", "input_bias"), 0.3, True),
+    ]
+]
+CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM
+# One case for each operator, with all that it takes.
+FULL_CASES = [LAYER_NORM[-1], RESIDUAL_ADD[-1], ADD_LAYER_NORM[-1]]
+
+
+def to_double(inputs: Inputs) -> Inputs:
+    return {name: tensor.detach().double() for name, tensor in inputs.items()}
+
+
+def require_grad(inputs: Inputs, names: tuple[str, ...] | None = None) -> Inputs:
+    """Leaves of the same strides, of which ``names`` (all where None) require grad."""
+    return {name: t.detach().requires_grad_(names is None or name in names) for name, t in inputs.items()}
+
+
+def accumulation(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def eps_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""First and second derivatives, what is saved for them, and that they repeat bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, Inputs, eps_of, require_grad, to_double
+from .layouts import LAYOUTS, lay_out
+
+
+def as_function(case: Case, names: tuple[str, ...], **options):
+    """The operator as a function of its tensors, all positional."""
+    return lambda *tensors: case.ours(dict(zip(names, tensors, strict=True)), **options)
+
+
+def random_like(outputs: tuple[Tensor, ...], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def gradients(case: Case, inputs: Inputs, grads: list[Tensor] | None = None, **options) -> dict[str, Tensor]:
+    leaves = require_grad(inputs)
+    outputs = case.ours(leaves, **options)
+    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), grads or random_like(outputs)), strict=True))
+
+
+def reference_gradients(case: Case, inputs: Inputs, grads: list[Tensor], **options) -> dict[str, Tensor]:
+    leaves = require_grad(to_double(inputs))
+    outputs = case.reference(leaves, **options)
+    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), [g.double() for g in grads]), strict=True))
+
+
+def check(case: Case, inputs: Inputs, **options) -> None:
+    """Each gradient has its tensor's dtype and shape and is the formula's, within what the dtypes can hold."""
+    grads = random_like(case.reference(inputs, **options))
+    dtype, residual = inputs["input"].dtype, inputs.get("residual", inputs["input"]).dtype
+    grads = [g.to({"y": dtype, "s": torch.promote_types(dtype, residual)}[n]) for g, n in zip(grads, case.outputs)]
+    actual, expected = (f(case, inputs, grads, **options) for f in (gradients, reference_gradients))
+    for name, tensor in inputs.items():
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
+        # The sum is stored in the stream's dtype, and the gradients are taken from what is stored.
+        resolution = max(eps_of(tensor.dtype), eps_of(torch.promote_types(dtype, residual)) if case.normalizes else 0.0)
+        resolution = max(resolution, eps_of(dtype) if name == "input" else 0.0)
+        largest = expected[name].abs().max() if tensor.numel() else 0.0
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=0, atol=float(8 * resolution * largest))
+
+
+@pytest.mark.parametrize("normalized_dims", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck_and_gradgradcheck(case, normalized_dims):
+    inputs = require_grad(case.make_inputs((2, 3, 5), torch.float64, normalized_dims=normalized_dims))
+    function = as_function(case, tuple(inputs), normalized_dims=normalized_dims)
+    assert gradcheck(function, tuple(inputs.values()), check_batched_grad=True)
+    assert gradgradcheck(function, tuple(inputs.values()))
+
+
+@pytest.mark.smoke
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case, dtype):
+    check(case, case.make_inputs((5, 7, 133), dtype))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_parameters_and_residual_stream_beside_half_precision(case, dtype):
+    inputs = case.make_inputs((33, 70), dtype, residual=torch.float32, parameters=torch.float32)
+    check(case, inputs)
+
+
+@pytest.mark.every_isa
+@given(
+    case=st.sampled_from(CASES),
+    rows=st.integers(0, 9) | st.sampled_from([64, 65, 127, 1000]),
+    cols=st.integers(8, 70) | st.sampled_from([256, 511, 768, 1025]),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5),
+)
+@settings(max_examples=60)
+def test_any_size_strides_and_residual_dtype(case, rows, cols, dtypes, layouts):
+    inputs = case.make_inputs((rows, cols), dtypes[0], residual=dtypes[1])
+    check(case, {n: lay_out(t, layout) for (n, t), layout in zip(inputs.items(), layouts, strict=False)})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_incoming_gradients_of_any_strides(case, layout):
+    inputs = case.make_inputs((4, 5, 19))
+    grads = [lay_out(grad, layout) for grad in random_like(case.ours(inputs))]
+    expected = gradients(case, inputs, [grad.contiguous() for grad in grads])
+    for name, grad in gradients(case, inputs, grads).items():
+        assert torch.equal(grad, expected[name])
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_each_subset_of_tensors_that_require_grad(case):
+    inputs = case.make_inputs((6, 21))
+    every = gradients(case, inputs)
+    for size in range(1, len(inputs) + 1):
+        for names in itertools.combinations(inputs, size):
+            leaves = require_grad(inputs, names)
+            outputs = case.ours(leaves)
+            torch.autograd.backward(outputs, random_like(outputs))
+            for name, leaf in leaves.items():
+                assert (leaf.grad is not None) == (name in names)
+                assert leaf.grad is None or torch.equal(leaf.grad, every[name]), (name, names)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("used", ["y", "s", "y and s", "s added to y"])
+def test_outputs_that_nobody_uses(used, dropout_p):
+    case = Case("add_layer_norm", ("weight", "bias", "input_bias"), dropout_p, prenorm=True)
+    choose = {
+        "y": lambda y, s: y,
+        "s": lambda y, s: s,
+        "y and s": lambda y, s: torch.cat([y, s]),
+        "s added to y": lambda y, s: y * s,
+    }[used]
+    inputs = case.make_inputs((4, 9), torch.float64)
+    leaves, exact = require_grad(inputs), require_grad(inputs)
+    choose(*case.ours(leaves)).square().sum().backward()
+    choose(*case.reference(exact)).square().sum().backward()
+    for name, leaf in leaves.items():
+        expected = exact[name].grad
+        torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf) if expected is None else expected)
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_backward_twice_over_a_retained_graph(case):
+    leaves = require_grad(case.make_inputs((6, 21)))
+    outputs = case.ours(leaves)
+    grads = random_like(outputs)
+    first, second = (torch.autograd.grad(outputs, leaves.values(), grads, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.autograd.grad(outputs, leaves.values(), grads)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(outputs, leaves.values(), grads)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4)], ids=str)
+def test_no_rows_or_no_columns(case, shape):
+    inputs = case.make_inputs(shape)
+    for name, grad in gradients(case, inputs).items():
+        assert torch.equal(grad, torch.zeros_like(inputs[name]))
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_repeat_for_any_number_of_threads(case, dtype):
+    threads = torch.get_num_threads()
+    inputs = case.make_inputs((3001, 131), dtype)
+    try:
+        results = []
+        for count in (1, 2, 3, 4, 4, 1):
+            torch.set_num_threads(count)
+            results.append([*case.ours(inputs), *gradients(case, inputs).values()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_results_are_the_same_with_and_without_grad(case):
+    for dtype in DTYPES:
+        inputs = case.make_inputs((7, 45), dtype)
+        with_grad = case.ours(require_grad(inputs))
+        with torch.no_grad():
+            without = case.ours(require_grad(inputs))
+        assert all(o.requires_grad for o in with_grad) and not any(o.requires_grad for o in without)
+        assert all(torch.equal(a, b) for a, b in zip(with_grad, without, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "saved", "free"),
+    [
+        (FULL_CASES[0], ["input", "weight"], []),
+        (FULL_CASES[1], [], ["input", "residual"]),
+        (FULL_CASES[2], ["weight"], ["input", "residual"]),
+    ],
+    ids=str,
+)
+def test_changing_a_saved_tensor_in_place_is_detected_and_changing_the_stream_is_allowed(case, saved, free):
+    for name in [*saved, *free]:
+        inputs = {n: leaf.clone() for n, leaf in require_grad(case.make_inputs((4, 9))).items()}
+        outputs = case.ours(inputs)
+        with torch.no_grad():
+            inputs[name].add_(1)
+        if name in saved:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.backward(outputs, random_like(outputs))
+        else:
+            torch.autograd.backward(outputs, random_like(outputs))
+
+
+def test_changing_the_returned_sum_in_place_is_detected():
+    case = FULL_CASES[2]
+    y, s = case.ours(require_grad(case.make_inputs((4, 9))))
+    s.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators as PyTorch's dispatcher, its tracers and its tensor subclasses see them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnorm_ext._extension import ensure_loaded
+
+from .cases import CASES, DTYPES, FULL_CASES, SEED, require_grad
+
+N = 8
+ROW = [N]
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def samples(requires_grad: bool) -> dict[str, tuple]:
+    """Arguments of every public operator, all of them or as few as possible."""
+    x, r = tensors((2, 3, N), (2, 3, N), requires_grad=requires_grad)
+    weight, bias, input_bias = tensors((N,), (N,), (N,), requires_grad=requires_grad)
+    return {
+        "layer_norm": (x, ROW, weight, bias, 1e-5),
+        "layer_norm ": (x, ROW),
+        "residual_add": (x, r, input_bias, 0.3, SEED, torch.float64),
+        "residual_add ": (x, r),
+        "add_layer_norm": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, True, torch.float64),
+        "add_layer_norm ": (x, r, ROW),
+    }
+
+
+def inner_samples() -> dict[str, tuple]:
+    """Arguments of the operators that the public ones are made of, and of those that write."""
+    x, r, y, s = tensors(*[(2, 3, N)] * 4)
+    weight, bias, input_bias = tensors((N,), (N,), (N,))
+    mean, rstd = tensors((2, 3), (2, 3))
+    half = x.bfloat16()
+    return {
+        "layer_norm_out": (x, ROW, weight, bias, 1e-5, y),
+        "residual_add_out": (x, r, input_bias, 0.3, SEED, None, s),
+        "add_layer_norm_out": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None, y, s),
+        "add_layer_norm_out ": (x, r, ROW, None, None, 1e-5, None, 0.0, None, None, y, None),
+        "_layer_norm_forward": (x, ROW, weight, bias, 1e-5),
+        "_layer_norm_forward ": (half, ROW, None, None, 1e-5),
+        "_add_layer_norm_forward": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None),
+        "_add_layer_norm_forward ": (half, r, ROW, None, None, 1e-5, None, 0.0, None, torch.bfloat16),
+        "_layer_norm_backward": (y, x, ROW, weight, bias, mean, rstd, 1e-5, [True] * 3),
+        "_layer_norm_backward ": (y, x, ROW, None, None, mean, rstd, 1e-5, [True, False, False]),
+        "_residual_add_backward": (y, input_bias, 0.3, SEED, torch.bfloat16, [True, True]),
+        "_residual_add_backward ": (y, None, 0.0, None, torch.float32, [True, False]),
+        "_add_layer_norm_backward": (
+            *(y, s, x, ROW, weight, bias, input_bias, mean, rstd, 1e-5, 0.3, SEED, torch.bfloat16, [True] * 5),
+        ),
+        "_add_layer_norm_backward ": (
+            *(y, None, x, ROW, None, None, None, mean, rstd, 1e-5, 0.0, None, torch.float32, [False, True] + [False] * 3),
+        ),
+    }
+
+
+def operator(name: str):
+    ensure_loaded()
+    return getattr(torch.ops.resnorm, name.strip()).default
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("name", samples(False))
+def test_opcheck_of_public_operators(name, requires_grad):
+    torch.library.opcheck(operator(name), samples(requires_grad)[name])
+
+
+@pytest.mark.parametrize("name", inner_samples())
+def test_opcheck_of_inner_operators(name):
+    torch.library.opcheck(operator(name), inner_samples()[name])
+
+
+def test_every_operator_has_its_samples_here():
+    ensure_loaded()
+    registered = {
+        schema.name.removeprefix("resnorm::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("resnorm::")
+    }
+    norms = {name for name in registered if "layer_norm" in name or "residual_add" in name}
+    assert norms == {name.strip() for name in [*samples(False), *inner_samples()]}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_results_describe_the_real_ones(case, dtype):
+    inputs = case.make_inputs((2, 3, 8), dtype, residual=torch.float32)
+    inputs["input"] = inputs["input"].transpose(0, 1)
+    if case.adds:
+        inputs["residual"] = inputs["residual"].transpose(0, 1)
+    real = case.ours(inputs)
+    with FakeTensorMode() as mode:
+        fake = case.ours({n: mode.from_tensor(t) for n, t in inputs.items()}, seed=mode.from_tensor(SEED))
+    for actual, expected in zip(fake, real, strict=True):
+        assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride())
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_meta_tensors(case):
+    inputs = {name: tensor.to("meta") for name, tensor in case.make_inputs((2, 3, 8)).items()}
+    outputs = case.ours(inputs, seed=SEED.to("meta"))
+    assert all(o.shape == (2, 3, 8) and o.is_meta for o in outputs)
+    leaves = require_grad(inputs)
+    torch.autograd.backward(case.ours(leaves, seed=SEED.to("meta")), [torch.empty_like(o) for o in outputs])
+    assert all(leaf.grad.shape == leaf.shape and leaf.grad.is_meta for leaf in leaves.values())
+
+
+class Spy(TorchFunctionMode):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchSpy(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Tagged(Tensor):
+    """A subclass that sees the calls it takes part in, as those of quantization and sharding libraries do."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_torch_function_modes_and_subclasses_see_the_operator(case):
+    inputs = case.make_inputs((2, 8))
+    expected = case.ours(inputs)
+    with Spy() as spy:
+        results = case.ours(inputs)
+    assert f"resnorm.{case.operator}" in " ".join(spy.seen)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    for name in inputs:
+        Tagged.seen.clear()
+        results = case.ours(inputs | {name: inputs[name].as_subclass(Tagged)})
+        assert f"resnorm.{case.operator}" in " ".join(Tagged.seen), name
+        assert all(type(a) is Tagged and torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_torch_dispatch_modes_see_one_operator_forward_and_one_backward(case):
+    leaves = require_grad(case.make_inputs((2, 8)))
+    with DispatchSpy() as spy:
+        outputs = case.ours(leaves)
+    ours = [name for name in spy.seen if name.startswith("resnorm")]
+    public = f"resnorm.{case.operator}.default"
+    assert ours == [f"resnorm._{case.operator}_forward.default" if case.normalizes else public]
+    with DispatchSpy() as spy:
+        torch.autograd.grad(outputs, leaves.values(), [torch.ones_like(o) for o in outputs])
+    assert [name for name in spy.seen if name.startswith("resnorm")] == [f"resnorm._{case.operator}_backward.default"]
+    with torch.no_grad(), DispatchSpy() as spy:
+        case.ours(leaves)
+    assert [name for name in spy.seen if name.startswith("resnorm")] == [public]
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_inference_mode(case):
+    inputs = case.make_inputs((3, 8))
+    expected = case.ours(inputs)
+    with torch.inference_mode():
+        results = case.ours(require_grad(inputs))
+        in_place = {name: tensor.clone() for name, tensor in inputs.items()}
+        outs = tuple(in_place[target] for target in ("input", "residual")[: len(results)])
+        case.ours(in_place, out=outs if case.prenorm else outs[0])
+    for result, out, value in zip(results, outs, expected, strict=True):
+        assert result.is_inference() and torch.equal(result, value) and torch.equal(out, value)

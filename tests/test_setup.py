@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What setup.py makes: in-place builds, wheels named by what they are for, source distributions that can be built."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zipfile
+
+from tiny_project import Project
+
+
+def test_in_place_build_describes_itself_and_compiles_only_what_changed(project: Project):
+    first = project.run("setup.py", "build_ext", "--inplace")
+    assert first.returncode == 0, first.stderr
+    assert "building CPU kernels alone (PyTorch 2.13.0+cpu is built without CUDA)" in first.stdout
+    assert "[1/2] python.cpp" in first.stdout and "cxx_flags" in first.stdout
+    (library,) = project.package.glob("_C*.so")
+    info = json.loads(library.with_suffix(".json").read_text())
+    assert info["torch"] == "2.13.0+cpu" and info["cuda"] is None and "-O3" in info["cxx_flags"]
+    second = project.run("setup.py", "build_ext", "--inplace")
+    assert "python.cpp" not in second.stdout
+    assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
+
+
+def test_wheel_is_named_by_what_it_is_for_and_carries_the_sources(project: Project):
+    result = project.run("-m", "build", "--wheel", "--no-isolation")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = (project.root / "dist").glob("*.whl")
+    assert wheel.name.startswith("resnorm_ext-0.1.0+cpu.torch2.13-cp")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "resnorm_ext/_csrc/python.cpp" in names
+    assert {name.rsplit(".", 1)[1] for name in names if name.startswith("resnorm_ext/_C.")} == {"so", "json"}
+    assert not [name for name in names if name.startswith(("csrc", "tests", "torch", "stubs"))]
+
+
+def test_installed_wheel_compiles_from_the_sources_it_carries(project: Project):
+    assert project.run("-m", "build", "--wheel", "--no-isolation").returncode == 0
+    (wheel,) = (project.root / "dist").glob("*.whl")
+    site = project.root / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = f"import sys; sys.path[0] = {str(site)!r}; from resnorm_ext import jit; module = jit.load();"
+    result = project.run("-c", f"{code} print(module.answer, module.__file__)")
+    assert result.stdout.startswith(f"42 {project.cache}"), result.stderr
+
+
+def test_source_distribution_builds(project: Project):
+    result = project.run("-m", "build", "--sdist", "--no-isolation")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (archive,) = (project.root / "dist").glob("*.tar.gz")
+    assert archive.name == "resnorm_ext-0.1.0.tar.gz"
+    tarfile.open(archive).extractall(project.root, filter="data")
+    unpacked = project.root / "resnorm_ext-0.1.0"
+    again = project.run("-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", str(unpacked))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert list((project.root / "dist").glob("*.whl"))
+
+
+def test_build_without_torch_says_what_to_type(project: Project):
+    (project.stubs / "torch" / "__init__.py").write_text("raise ImportError('No module named torch')")
+    result = project.run("setup.py", "build_ext", "--inplace")
+    assert result.returncode != 0 and "pip install --no-build-isolation ." in result.stderr
+
+
+def test_cuda_on_without_a_cuda_torch_fails(project: Project):
+    result = project.run("setup.py", "build_ext", "--inplace", RESNORM_CUDA="on")
+    assert "RESNORM_CUDA=on, but PyTorch 2.13.0+cpu is built without CUDA" in result.stderr
+
+
+def test_cuda_on_without_a_toolkit_names_what_was_looked_for(project: Project):
+    result = project.run(
+        "setup.py", "build_ext", "--inplace", RESNORM_CUDA="on", STUB_TORCH_CUDA="99.0", CUDA_HOME="/nowhere"
+    )
+    assert result.returncode != 0
+    if "needs a CUDA 99.0 toolkit" not in result.stderr:  # this machine has none at all
+        for place in ("/nowhere/bin/nvcc (CUDA_HOME)", "CUDA_PATH (not set)", "nvcc on PATH", "/usr/local/cuda"):
+            assert place in result.stderr
+
+
+def test_unknown_cuda_setting_names_the_known_ones(project: Project):
+    result = project.run("setup.py", "build_ext", "--inplace", RESNORM_CUDA="perhaps")
+    assert "RESNORM_CUDA must be one of auto, on, off; got 'perhaps'" in result.stderr
