@@ -12,6 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -100,14 +101,19 @@ def forget_linears(parameters: Iterable[Tensor]) -> None:
 def choose_backends(shapes: Iterable[LinearShape]) -> None:
     """Measures, for shapes not measured yet in this process, which backend is the faster one, and uses that.
 
-    Measures nothing where ``RESNORM_LINEAR`` decides, under deterministic algorithms, or where only ATen can do it.
+    One choice for all of ``shapes`` that have one dtype. Measures nothing where ``RESNORM_LINEAR`` decides, under
+    deterministic algorithms, or where only ATen can do it.
     """
     if extension.linear_backend_override() or torch.are_deterministic_algorithms_enabled():
         return
-    for shape in sorted(set(shapes) - _measured, key=str):
-        if extension.onednn_supports(shape.dtype):
-            extension.set_linear_backend(*shape, _faster_backend(shape))
-            _measured.add(shape)
+    unmeasured = set(shapes) - _measured
+    for dtype in {shape.dtype for shape in unmeasured}:
+        if extension.onednn_supports(dtype):
+            alike = [shape for shape in unmeasured if shape.dtype == dtype]
+            backend = _faster_backend(alike)
+            for shape in alike:
+                extension.set_linear_backend(*shape, backend)
+            _measured.update(alike)
 
 
 _measured: set[LinearShape] = set()
@@ -116,18 +122,20 @@ _MEASUREMENTS = 5
 
 
 @torch.no_grad()
-def _faster_backend(shape: LinearShape) -> str:
-    weight = torch.randn(shape.out_features, shape.in_features).to(shape.dtype)
-    bias = torch.zeros(shape.out_features, dtype=shape.dtype)
-    packed = extension.onednn_pack_weight(weight)
+def _faster_backend(shapes: Iterable[LinearShape]) -> str:
+    """By the mean of the logarithms of the ratio of their times."""
     log_ratio = 0.0
-    for rows in _MEASURED_ROWS:
-        x = torch.randn(rows, shape.in_features).to(shape.dtype)
-        aten, onednn = _shortest_times(
-            lambda x=x: torch.nn.functional.linear(x, weight, bias),
-            lambda x=x: extension.onednn_linear(x, packed, bias, "none"),
-        )
-        log_ratio += math.log(onednn / aten)
+    for dtype, in_features, out_features in shapes:
+        weight = torch.randn(out_features, in_features).to(dtype)
+        bias = torch.zeros(out_features, dtype=dtype)
+        packed = extension.onednn_pack_weight(weight)
+        for rows in _MEASURED_ROWS:
+            x = torch.randn(rows, in_features).to(dtype)
+            aten, onednn = _shortest_times(
+                partial(torch.nn.functional.linear, x, weight, bias),
+                partial(extension.onednn_linear, x, packed, bias, "none"),
+            )
+            log_ratio += math.log(onednn / aten)
     return "onednn" if log_ratio < 0.0 else "aten"
 
 

@@ -153,7 +153,7 @@ def _dropout_add_norm(block: BertSelfOutput | BertOutput, update: Tensor, residu
 
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
-_WITHOUT_EFFECT = ("return_dict", "use_cache")  # on what an encoder computes
+_WITHOUT_EFFECT = ("cache_position", "return_dict")  # on what an encoder computes
 
 
 def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -197,7 +197,9 @@ def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> Packe
         key_mask = key_mask.to(torch.bool)
         if model.pooler is not None and hides_first_position(key_mask):
             return "a pooler reads position 0, which is hidden"
-    others = {name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_WITHOUT_EFFECT)}
+    others = {
+        name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_WITHOUT_EFFECT, "use_cache")
+    }
     layers = _layers_to_run(encoder, x, embeddings.word_embeddings.weight.dtype, others)
     if isinstance(layers, str):
         return layers
@@ -210,7 +212,7 @@ def _packed_batch_of_encoder(
     """What BertEncoder's call on padded hidden states packs; or why it cannot."""
     if captures_outputs():
         return "hidden states or attention weights are asked for"
-    others = {name: value for name, value in arguments.items() if name != "position_ids"}
+    others = {name: value for name, value in arguments.items() if name not in ("position_ids", *_WITHOUT_EFFECT)}
     layers = _layers_to_run(encoder, x, x.dtype, others)
     if isinstance(layers, str):
         return layers
@@ -331,22 +333,30 @@ def _post_norm_layer(layer: nn.Module, dtype: torch.dtype) -> PostNormLayer | st
         return " is a decoder's"
     if (attention.training and attention_dropout.p > 0.0) or _acts(hidden_dropout) or _acts(output_dropout):
         return " is in training: dropout acts"
-    linears = (query, key, value, attention_dense, intermediate_dense, output_dense)
-    if any(linear.weight.dtype != dtype or not linear.weight.is_cpu for linear in linears):
+    linears = [
+        (linear._parameters["weight"], linear._parameters["bias"])
+        for linear in (query, key, value, attention_dense, intermediate_dense, output_dense)
+    ]
+    if any(weight.dtype != dtype or not weight.is_cpu for weight, _ in linears):
         return f" is not in {dtype} on the CPU, as its input"
-    if len({linear.bias is None for linear in linears[:3]}) > 1:
+    projections = linears[:3]
+    if len({bias is None for _, bias in projections}) > 1:
         return ".attention.self has biases for some of its projections only"
     return PostNormLayer(
         num_heads=attention.num_attention_heads,
         scale=attention.scaling,
-        qkv=prepare_linear(*((linear.weight, linear.bias) for linear in linears[:3])),
-        attention_output=prepare_linear((attention_dense.weight, attention_dense.bias)),
-        attention_norm=Norm(attention_norm.weight, attention_norm.bias, attention_norm.eps),
-        intermediate=prepare_linear((intermediate_dense.weight, intermediate_dense.bias)),
+        qkv=prepare_linear(*projections),
+        attention_output=prepare_linear(linears[3]),
+        attention_norm=_norm(attention_norm),
+        intermediate=prepare_linear(linears[4]),
         activation=_activation(intermediate.intermediate_act_fn),
-        output=prepare_linear((output_dense.weight, output_dense.bias)),
-        output_norm=Norm(output_norm.weight, output_norm.bias, output_norm.eps),
+        output=prepare_linear(linears[5]),
+        output_norm=_norm(output_norm),
     )
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps)
 
 
 def _activation(function: Any) -> Any:

@@ -7,7 +7,7 @@ tensors themselves: a tensor that carries one is a new Python object, so calls i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,18 +16,22 @@ from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import output_capturing
 
 from ..engine.packing import Packing, packing_of
 from ..engine.post_norm import PostNormLayer
 from ..modules.eligibility import has_global_hooks, has_plain_tensors, is_eager
 
-_CAPTURING_HOOK = f"{output_capturing.install_output_capuring_hook.__qualname__}.<locals>.output_capturing_hook"
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # the first releases of transformers 5 collect by a forward of the instance, which is seen anyway
+    _active_collector = None
+
+_CAPTURING_HOOK = ("transformers.utils.output_capturing", "output_capturing_hook")
 
 
 def captures_outputs() -> bool:
     """Whether the model that is running now collects hidden states or attention weights by hooks."""
-    return bool(output_capturing._active_collector.get())
+    return _active_collector is not None and bool(_active_collector.get())
 
 
 def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:
@@ -36,18 +40,18 @@ def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:
     The hooks that transformers leaves behind after collecting outputs do nothing while ``captures_outputs`` is false,
     and do not count.
     """
-    if type(module) not in types or "forward" in module.__dict__:
-        return False
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return _has_no_active_hook(module) and has_plain_tensors(module._parameters.values())
-
-
-def _has_no_active_hook(module: nn.Module) -> bool:
-    return not module._forward_hooks or (
-        not captures_outputs()
-        and all(getattr(hook, "__qualname__", "") == _CAPTURING_HOOK for hook in module._forward_hooks.values())
+    return (
+        type(module) in types
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        and (not module._forward_hooks or _are_idle(module._forward_hooks.values()))
+        and has_plain_tensors(module._parameters.values())
     )
+
+
+def _are_idle(hooks: Iterable[Callable]) -> bool:
+    kinds = {(getattr(hook, "__module__", None), getattr(hook, "__name__", None)) for hook in hooks}
+    return kinds == {_CAPTURING_HOOK} and not captures_outputs()
 
 
 def mode_obstacle(x: Tensor) -> str | None:

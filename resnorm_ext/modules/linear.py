@@ -6,22 +6,40 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional
-from ..engine.linear import LinearShape, choose_backends
+from ..engine.linear import LinearShape, choose_backends, prepare_linear
 from .eligibility import is_eager
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """``functional.linear``; the first eager call with a shape on the CPU measures which library is the faster."""
-    if x.is_cpu and is_eager(x) and not torch.are_deterministic_algorithms_enabled():
+    """``functional.linear``; in inference on the CPU by whichever library is the faster, from prepared weights.
+
+    The first call with a shape measures which that is, unless results must repeat from run to run.
+    """
+    if not _is_inference(x, weight):
+        return functional.linear(x, weight, bias, activation=activation)
+    if not torch.are_deterministic_algorithms_enabled():
         _choose_backend(LinearShape(weight.dtype, weight.size(1), weight.size(0)))
-    return functional.linear(x, weight, bias, activation=activation)
+    return prepare_linear((weight, bias))(x, activation)
+
+
+def _is_inference(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but the product is asked for, and ``weight`` stays for the calls to come."""
+    return (
+        x.is_cpu
+        and not torch.is_grad_enabled()
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and x.size(-1) == weight.size(-1)
+        and is_eager(x)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 @cache
 def _choose_backend(shape: LinearShape) -> None:
-    """Leaves no trace but the choice: the caller's random numbers and autocast stay out of the measurement."""
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    """Leaves no trace but the choice: the caller's random numbers stay out of the measurement."""
+    with torch.random.fork_rng(devices=[]):
         choose_backends([shape])

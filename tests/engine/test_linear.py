@@ -338,17 +338,17 @@ class TestChoice:
     @pytest.mark.parametrize("faster", ["aten", "onednn"])
     def test_the_faster_one_is_used_and_measured_once(self, monkeypatch, faster):
         measured = []
-        monkeypatch.setattr(engine, "_faster_backend", lambda shape: measured.append(shape) or faster)
+        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: measured.extend(shapes) or faster)
         choose_backends([self.shape, self.shape])
         choose_backends([self.shape])
         assert measured == [self.shape]
         assert extension.linear_backend(*self.shape) == faster
 
     def test_measurement_gives_a_backend(self):
-        assert engine._faster_backend(self.shape) in ("aten", "onednn")
+        assert engine._faster_backend([self.shape]) in ("aten", "onednn")
 
     def test_nothing_is_measured_under_deterministic_algorithms(self, monkeypatch):
-        monkeypatch.setattr(engine, "_faster_backend", lambda shape: pytest.fail("measured"))
+        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: pytest.fail("measured"))
         torch.use_deterministic_algorithms(True)
         try:
             choose_backends([self.shape])
@@ -357,7 +357,7 @@ class TestChoice:
         assert extension.linear_backend(*self.shape) == "aten"
 
     def test_a_dtype_without_onednn_is_not_measured(self, monkeypatch):
-        monkeypatch.setattr(engine, "_faster_backend", lambda shape: pytest.fail("measured"))
+        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: pytest.fail("measured"))
         shape = LinearShape(torch.float64, 48, 56)
         choose_backends([shape])
         extension.set_linear_backend(*shape, "onednn")
@@ -368,7 +368,7 @@ class TestChoice:
             import torch
             from resnorm_ext._extension import extension
             from resnorm_ext.engine import linear
-            linear._faster_backend = lambda shape: 1 / 0
+            linear._faster_backend = lambda shapes: 1 / 0
             shape = linear.LinearShape(torch.float32, 48, 56)
             linear.choose_backends([shape])
             print(extension.linear_backend(*shape))

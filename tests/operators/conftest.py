@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("brief", settings.get_profile("resnorm_ext"), max_examples=15)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,16 +15,25 @@ from resnorm_ext.functional import layer_norm
 from .cases import ADD_LAYER_NORM, FULL_CASES, HALVES, LAYER_NORM, RESIDUAL_ADD, Case, eps_of, require_grad, to_double
 
 SEEDS = 100
-SHAPES = [(4, 1024), (16, 37), (2, 3001), (257, 64)]
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(4, 768), (16, 37), (2, 3001), (257, 64)]
+TYPES = [torch.float32, *HALVES]
 WITHOUT_DROPOUT = [LAYER_NORM[-1], RESIDUAL_ADD[2], ADD_LAYER_NORM[4]]
 assert not any(case.dropout_p for case in WITHOUT_DROPOUT)
 
 Results = dict[str, Tensor]
 
 
+@pytest.fixture
+def one_thread():
+    """torch sums weight gradients thread by thread, and so its error would depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def torchs(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """What people write with PyTorch's operators."""
+    """What people write with PyTorch's operators; in float64, the truth."""
     s = inputs["input"]
     if case.adds:
         s = inputs["residual"] + (s + inputs["input_bias"] if "input_bias" in inputs else s)
@@ -36,7 +45,7 @@ def torchs(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 def outputs_and_gradients(case: Case, run: Callable, inputs: dict[str, Tensor], grads: list[Tensor]) -> Results:
     leaves = require_grad(inputs)
-    outputs = run(leaves)
+    outputs = run(case, leaves)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), [g.to(o) for g, o in zip(grads, outputs)])
     return dict(zip(case.outputs, outputs)) | {f"grad_{name}": grad for name, grad in zip(leaves, gradients)}
 
@@ -44,6 +53,7 @@ def outputs_and_gradients(case: Case, run: Callable, inputs: dict[str, Tensor], 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("case", WITHOUT_DROPOUT, ids=str)
+@pytest.mark.usefixtures("one_thread")
 def test_no_less_accurate_than_torch(case, dtype, shape):
     """Mean of the RMS error over seeds at most 1.05 times torch's; on no seed worse than 3 times or 2 ulp."""
     mean_errors: dict[str, list[float]] = {}
@@ -51,9 +61,9 @@ def test_no_less_accurate_than_torch(case, dtype, shape):
         inputs = case.make_inputs(shape, dtype, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         grads = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for _ in case.outputs]
-        exact = outputs_and_gradients(case, case.reference, to_double(inputs), grads)
-        ours = outputs_and_gradients(case, case.ours, inputs, grads)
-        theirs = outputs_and_gradients(case, lambda leaves: torchs(case, leaves), inputs, grads)
+        exact = outputs_and_gradients(case, torchs, to_double(inputs), grads)
+        ours = outputs_and_gradients(case, Case.ours, inputs, grads)
+        theirs = outputs_and_gradients(case, torchs, inputs, grads)
         for name, expected in exact.items():
             errors = [(actual[name].double() - expected).square().mean().sqrt().item() for actual in (ours, theirs)]
             worst = [(actual[name].double() - expected).abs().max().item() for actual in (ours, theirs)]
@@ -72,8 +82,8 @@ def test_half_precision_weight_gradients_are_summed_in_float32(dtype):
     case = FULL_CASES[0]
     inputs = case.make_inputs((4096, 24), dtype)
     grads = [torch.randn(4096, 24).to(dtype)]
-    exact = outputs_and_gradients(case, case.reference, to_double(inputs), grads)
-    ours = outputs_and_gradients(case, case.ours, inputs, grads)
+    exact = outputs_and_gradients(case, torchs, to_double(inputs), grads)
+    ours = outputs_and_gradients(case, Case.ours, inputs, grads)
     for name in ("grad_weight", "grad_bias"):
         rounding = eps_of(dtype) / 2 * exact[name].abs()
         assert ((ours[name].double() - exact[name]).abs() <= 1.01 * rounding + 2e-4).all()
@@ -114,7 +124,7 @@ def test_float64_keeps_its_digits():
 
     input = torch.randn(8, 501, dtype=torch.float64) + 1e6
     x = input.numpy().astype(np.longdouble)
-    x -= x[:, :1]
+    x = x - x[:, :1]
     centered = x - x.mean(-1, keepdims=True)
     expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
     assert np.abs(layer_norm(input, (501,)).numpy() - expected).max() < 1e-14

@@ -155,7 +155,7 @@ def test_a_scalar_residual_add():
 
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_one_huge_row_and_many_tiny_ones(case):
-    for shape in [(1, 1_000_003), (300_001, 3), (5, 65536)]:
+    for shape in [(1, 300_007), (60_001, 3), (3, 65536)]:
         inputs, options = make(case, (shape[:1], shape[1:]), {"dtype": torch.float32, "residual_dtype": None})
         check(case, inputs, case.ours(inputs, **options), **options)
 
