@@ -89,9 +89,10 @@ def main() -> None:
                         "copy_bytes_per_second": roof,
                     }
                 )
+                theirs, ours = seconds["torch"], seconds["resnorm_ext"]
                 print(
-                    f"{name:28}{str(dtype)[6:]:10}{rows:6}{seconds['torch'] * 1e6:11.1f}"
-                    f"{seconds['resnorm_ext'] * 1e6:10.1f}{seconds['torch'] / seconds['resnorm_ext']:7.2f}×{fraction:9.0%}"
+                    f"{name:28}{str(dtype)[6:]:10}{rows:6}{theirs * 1e6:11.1f}{ours * 1e6:10.1f}"
+                    f"{theirs / ours:7.2f}×{fraction:9.0%}"
                 )
     write(options.output, "norm", records)
 

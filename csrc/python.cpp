@@ -54,7 +54,8 @@ void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64
 }  // namespace resnorm
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // no_gil: other Python threads run while an operator does. The wrapper also turns torch's C++ errors into its Python ones.
+  // no_gil: other Python threads run while an operator does. The wrapper also turns torch's C++ errors into its Python
+  // ones.
   m.def("layer_norm", torch::wrap_pybind_function_no_gil(resnorm::layer_norm));
   m.def("layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::layer_norm_out));
   m.def("residual_add", torch::wrap_pybind_function_no_gil(resnorm::residual_add));

@@ -23,7 +23,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the trailing ``normalized_shape`` (Ba et al. 2016)."""
+    """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the trailing dimensions (Ba et al. 2016)."""
     dims = tuple(range(-len(normalized_shape), 0))
     centered = input - input.mean(dims, keepdim=True)
     output = centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)

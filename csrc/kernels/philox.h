@@ -3,7 +3,8 @@
 // 3"): the same stream on CPU and GPU, so a dropout mask is a pure function of (seed, element index) and nothing but
 // the seed is stored for the backward pass.
 //
-// Element e takes half-word e mod 8, low half first, of the four words at counter e / 8: one call serves eight elements.
+// Element e takes half-word e mod 8, low half first, of the four words at counter e / 8: one call serves eight
+// elements.
 #pragma once
 
 #include <cstdint>

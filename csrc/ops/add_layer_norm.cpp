@@ -12,8 +12,7 @@ namespace {
 
 void check_add_layer_norm(const Tensor& input, const Tensor& residual, c10::SymIntArrayRef normalized_shape,
                           const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias,
-                          double dropout_p, const OptionalTensor& seed,
-                          std::optional<at::ScalarType> residual_dtype) {
+                          double dropout_p, const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
   check_normalized_shape(input, normalized_shape);
   check_floating("add_layer_norm", input);
   check_residual("add_layer_norm", input, residual, residual_dtype);
@@ -94,16 +93,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_meta(
     const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
   auto [output, sum] = add_layer_norm_meta(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p,
                                            seed, /*prenorm=*/true, residual_dtype);
-  auto [mean, rstd] = empty_statistics(input, normalized_shape,
-                                       accumulation_dtype({input.scalar_type(), sum.scalar_type()}));
+  auto [mean, rstd] =
+      empty_statistics(input, normalized_shape, accumulation_dtype({input.scalar_type(), sum.scalar_type()}));
   return {std::move(output), std::move(sum), std::move(mean), std::move(rstd)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_meta(
     const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& sum, c10::SymIntArrayRef normalized_shape,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias, const Tensor& /*mean*/,
-    const Tensor& /*rstd*/, double /*eps*/, double dropout_p, const OptionalTensor& seed,
-    at::ScalarType residual_dtype, std::array<bool, 5> output_mask) {
+    const Tensor& /*rstd*/, double /*eps*/, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
+    std::array<bool, 5> output_mask) {
   check_normalized_shape(sum, normalized_shape);
   check_dropout(dropout_p, seed, sum);
   check_grad("grad_output", grad_output, sum.sym_sizes());

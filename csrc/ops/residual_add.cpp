@@ -10,8 +10,8 @@ namespace resnorm {
 
 namespace {
 
-void check_residual_add(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias,
-                        double dropout_p, const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
+void check_residual_add(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
+                        const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
   check_floating("residual_add", input);
   check_residual("residual_add", input, residual, residual_dtype);
   const auto sizes = input.sym_sizes();

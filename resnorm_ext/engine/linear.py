@@ -125,12 +125,13 @@ _MEASUREMENTS = 5
 def _faster_backend(shapes: Iterable[LinearShape]) -> str:
     """By the mean of the logarithms of the ratio of their times."""
     log_ratio = 0.0
+    generator = torch.Generator()  # the caller's random numbers stay as they are
     for dtype, in_features, out_features in shapes:
-        weight = torch.randn(out_features, in_features).to(dtype)
+        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
         bias = torch.zeros(out_features, dtype=dtype)
         packed = extension.onednn_pack_weight(weight)
         for rows in _MEASURED_ROWS:
-            x = torch.randn(rows, in_features).to(dtype)
+            x = torch.randn(rows, in_features, generator=generator).to(dtype)
             aten, onednn = _shortest_times(
                 partial(torch.nn.functional.linear, x, weight, bias),
                 partial(extension.onednn_linear, x, packed, bias, "none"),

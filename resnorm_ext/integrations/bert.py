@@ -15,22 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert
 
 from .. import functional
-from ..engine.linear import LinearShape, prepare_linear
 from ..engine.packing import pack, unpack
-from ..engine.post_norm import Norm, PostNormLayer, encode
-from ..modules import LayerNorm
-from ..modules.eligibility import activation_name
+from ..engine.post_norm import PostNormLayer, encode
+from .bert_layers import NORMS, BertOutput, BertSelfOutput, acts, encoder_obstacle, linear_shapes, post_norm_layer
 from .replace import Finding, is_replaced, named_modules, original_class
 from .transformers import (
     PackedBatch,
     attention_obstacle,
     captures_outputs,
-    carried,
     carrying,
     hides_first_position,
     is_as_built,
@@ -39,11 +35,12 @@ from .transformers import (
     packing_of_mask,
     stand_in,
     stood_for,
+    take_batch,
 )
 
-_log = logging.getLogger(__name__)
+__all__ = ["BertEmbeddings", "BertEncoder", "find", "hooks", "linear_shapes"]
 
-_NORMS = (LayerNorm, nn.LayerNorm)
+_log = logging.getLogger(__name__)
 
 
 class BertEmbeddings(modeling_bert.BertEmbeddings):
@@ -57,7 +54,7 @@ class BertEmbeddings(modeling_bert.BertEmbeddings):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
-        batch = carried(inputs_embeds if input_ids is None else input_ids)
+        batch = None if torch.compiler.is_compiling() else take_batch(inputs_embeds if input_ids is None else input_ids)
         if batch is None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
         indices, shape = batch.packing.indices, (batch.packing.batch_size, batch.packing.length)
@@ -100,7 +97,7 @@ class BertEncoder(modeling_bert.BertEncoder):
         }
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, attention_mask, **others)
-        batch = carried(hidden_states)
+        batch = take_batch(hidden_states)
         if batch is not None:
             tokens = stood_for(hidden_states)
         else:
@@ -113,42 +110,6 @@ class BertEncoder(modeling_bert.BertEncoder):
         _log.debug("BertEncoder: packed, %d tokens of %d x %d", len(tokens), packing.batch_size, packing.length)
         tokens = encode(tokens, packing.cu_seqlens, batch.layers)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=unpack(tokens, packing))
-
-
-class BertSelfOutput(modeling_bert.BertSelfOutput):
-    """Dropout, residual add and layer norm in one pass."""
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return _dropout_add_norm(self, self.dense(hidden_states), input_tensor)
-
-
-class BertOutput(modeling_bert.BertOutput):
-    """Dropout, residual add and layer norm in one pass."""
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return _dropout_add_norm(self, self.dense(hidden_states), input_tensor)
-
-
-def _dropout_add_norm(block: BertSelfOutput | BertOutput, update: Tensor, residual: Tensor) -> Tensor:
-    dropout, norm = block.dropout, block.LayerNorm
-    fuses = (
-        is_as_built(dropout, nn.Dropout)
-        and is_as_built(norm, *_NORMS)
-        and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm
-        and update.shape == residual.shape
-    )
-    if not fuses:
-        return norm(dropout(update) + residual)
-    return functional.add_layer_norm(
-        update,
-        residual,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=dropout.p,
-        training=dropout.training,
-    )
 
 
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -233,14 +194,10 @@ def _embeddings_as_built(embeddings: nn.Module) -> bool:
         is_as_built(embeddings, BertEmbeddings)
         and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
         and len({table.weight.dtype for table in tables}) == 1
-        and is_as_built(parts["LayerNorm"], *_NORMS)
+        and is_as_built(parts["LayerNorm"], *NORMS)
         and is_as_built(parts["dropout"], nn.Dropout)
-        and not _acts(parts["dropout"])
+        and not acts(parts["dropout"])
     )
-
-
-def _acts(dropout: nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0.0
 
 
 def _layers_to_run(
@@ -257,113 +214,11 @@ def _layers_to_run(
             return f"{name} is given"
     layers = []
     for index, module in enumerate(encoder.layer._modules.values()):
-        layer = _post_norm_layer(module, dtype)
+        layer = post_norm_layer(module, dtype)
         if isinstance(layer, str):
             return f"layer.{index}{layer}"
         layers.append(layer)
     return layers or "there are no layers"
-
-
-_PARTS = {
-    ("attention",): (modeling_bert.BertAttention,),
-    ("attention", "self"): (modeling_bert.BertSelfAttention,),
-    ("attention", "self", "query"): (nn.Linear,),
-    ("attention", "self", "key"): (nn.Linear,),
-    ("attention", "self", "value"): (nn.Linear,),
-    ("attention", "self", "dropout"): (nn.Dropout,),
-    ("attention", "output"): (BertSelfOutput, modeling_bert.BertSelfOutput),
-    ("attention", "output", "dense"): (nn.Linear,),
-    ("attention", "output", "dropout"): (nn.Dropout,),
-    ("attention", "output", "LayerNorm"): _NORMS,
-    ("intermediate",): (modeling_bert.BertIntermediate,),
-    ("intermediate", "dense"): (nn.Linear,),
-    ("output",): (BertOutput, modeling_bert.BertOutput),
-    ("output", "dense"): (nn.Linear,),
-    ("output", "dropout"): (nn.Dropout,),
-    ("output", "LayerNorm"): _NORMS,
-}
-
-
-def _parts_as_built(layer: nn.Module) -> list[nn.Module] | str:
-    """The modules of ``layer`` in the order of ``_PARTS``; or the name of what is not as it was built, and why."""
-    if not is_as_built(layer, modeling_bert.BertLayer):
-        return _not_as_built(layer, modeling_bert.BertLayer)
-    parts = []
-    for path, types in _PARTS.items():
-        part: nn.Module | None = layer
-        for name in path:
-            part = part._modules.get(name)
-        if not is_as_built(part, *types):
-            return f".{'.'.join(path)}{_not_as_built(part, *types)}"
-        parts.append(part)
-    return parts
-
-
-def _not_as_built(module: nn.Module | None, *types: type[nn.Module]) -> str:
-    actual = type(module)
-    if actual in types:
-        return " has hooks, a forward or tensors of its own"
-    return f" is a {actual.__module__}.{actual.__qualname__}, not a {types[-1].__name__}"
-
-
-def _post_norm_layer(layer: nn.Module, dtype: torch.dtype) -> PostNormLayer | str:
-    """``layer`` for a packed call in ``dtype``; or what stands against it."""
-    parts = _parts_as_built(layer)
-    if isinstance(parts, str):
-        return parts
-    (
-        _,
-        attention,
-        query,
-        key,
-        value,
-        attention_dropout,
-        _,
-        attention_dense,
-        hidden_dropout,
-        attention_norm,
-        intermediate,
-        intermediate_dense,
-        _,
-        output_dense,
-        output_dropout,
-        output_norm,
-    ) = parts
-    if layer.is_decoder or attention.is_causal:
-        return " is a decoder's"
-    if (attention.training and attention_dropout.p > 0.0) or _acts(hidden_dropout) or _acts(output_dropout):
-        return " is in training: dropout acts"
-    linears = [
-        (linear._parameters["weight"], linear._parameters["bias"])
-        for linear in (query, key, value, attention_dense, intermediate_dense, output_dense)
-    ]
-    if any(weight.dtype != dtype or not weight.is_cpu for weight, _ in linears):
-        return f" is not in {dtype} on the CPU, as its input"
-    projections = linears[:3]
-    if len({bias is None for _, bias in projections}) > 1:
-        return ".attention.self has biases for some of its projections only"
-    return PostNormLayer(
-        num_heads=attention.num_attention_heads,
-        scale=attention.scaling,
-        qkv=prepare_linear(*projections),
-        attention_output=prepare_linear(linears[3]),
-        attention_norm=_norm(attention_norm),
-        intermediate=prepare_linear(linears[4]),
-        activation=_activation(intermediate.intermediate_act_fn),
-        output=prepare_linear(linears[5]),
-        output_norm=_norm(output_norm),
-    )
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps)
-
-
-def _activation(function: Any) -> Any:
-    """The name by which ``functional.linear`` knows ``function``, else ``function``."""
-    if is_as_built(function, GELUActivation) and function.act is F.gelu:
-        return "gelu"
-    return activation_name(function) or function
 
 
 _REPLACEMENTS = {
@@ -380,7 +235,7 @@ def find(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         replacement = _REPLACEMENTS.get(original_class(module))
         if replacement is not None and not _is_inside(decoders, name):
-            yield Finding(name, module, replacement, _encoder_obstacle(module) if replacement is BertEncoder else None)
+            yield Finding(name, module, replacement, encoder_obstacle(module) if replacement is BertEncoder else None)
         elif isinstance(module, modeling_bert.BertCrossAttention):
             yield Finding(name, module, None, "cross-attention")
         elif name in decoders:
@@ -396,28 +251,5 @@ def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
             yield bert, hand_over_mask
 
 
-def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
-    """Of the products that the packed path of ``model`` has."""
-    for _, layer in named_modules(model, modeling_bert.BertLayer):
-        parts = _parts_as_built(layer)
-        if isinstance(parts, str):
-            continue
-        query, *_ = linears = [part for part in parts if isinstance(part, nn.Linear)]
-        if not query.weight.is_cpu:
-            continue
-        yield LinearShape(query.weight.dtype, query.in_features, sum(linear.out_features for linear in linears[:3]))
-        for linear in linears[3:]:
-            yield LinearShape(linear.weight.dtype, linear.in_features, linear.out_features)
-
-
 def _is_inside(parents: list[str], name: str) -> bool:
     return any(not parent or name.startswith(f"{parent}.") for parent in parents)
-
-
-def _encoder_obstacle(encoder: nn.Module) -> str | None:
-    """What about its modules keeps ``encoder`` from the packed path at present."""
-    for index, layer in enumerate(encoder.layer):
-        parts = _parts_as_built(layer)
-        if isinstance(parts, str):
-            return f"layer.{index}{parts}"
-    return None

@@ -98,9 +98,9 @@ def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
     return alias
 
 
-def carried(tensor: Tensor | None) -> PackedBatch | None:
-    """The batch that ``tensor`` carries."""
-    return getattr(tensor, "_resnorm_batch", None)
+def take_batch(tensor: Tensor | None) -> PackedBatch | None:
+    """The batch that ``tensor`` carries, and from now on no longer."""
+    return None if tensor is None else tensor.__dict__.pop("_resnorm_batch", None)
 
 
 def stand_in(tokens: Tensor, batch: PackedBatch) -> Tensor:

@@ -24,12 +24,12 @@ std::ostream& operator<<(std::ostream& out, Types types) {
 }
 
 const std::vector<Types> kTypes = {
-    {kFloat32, kFloat32, kFloat32, kFloat32},    {kFloat64, kFloat64, kFloat64, kFloat64},
+    {kFloat32, kFloat32, kFloat32, kFloat32},     {kFloat64, kFloat64, kFloat64, kFloat64},
     {kBFloat16, kBFloat16, kBFloat16, kBFloat16}, {kFloat16, kFloat16, kFloat16, kFloat16},
-    {kBFloat16, kBFloat16, kBFloat16, kFloat32}, {kBFloat16, kFloat32, kFloat32, kBFloat16},
-    {kFloat16, kFloat32, kFloat32, kFloat32},    {kBFloat16, kBFloat16, kFloat32, kBFloat16},
-    {kFloat32, kBFloat16, kFloat32, kFloat32},   {kFloat32, kFloat64, kFloat64, kFloat32},
-    {kFloat16, kBFloat16, kFloat32, kFloat64},   {kFloat32, kFloat64, kFloat32, kFloat32},
+    {kBFloat16, kBFloat16, kBFloat16, kFloat32},  {kBFloat16, kFloat32, kFloat32, kBFloat16},
+    {kFloat16, kFloat32, kFloat32, kFloat32},     {kBFloat16, kBFloat16, kFloat32, kBFloat16},
+    {kFloat32, kBFloat16, kFloat32, kFloat32},    {kFloat32, kFloat64, kFloat64, kFloat32},
+    {kFloat16, kBFloat16, kFloat32, kFloat64},    {kFloat32, kFloat64, kFloat32, kFloat32},
     {kFloat64, kFloat32, kBFloat16, kFloat64},
 };
 
@@ -50,11 +50,12 @@ struct Problem {
   Types types;
   Options options;
   Dropout dropout;
+  KeepMask kept;
   Matrix input, residual, input_bias, weight, bias, output, sum, mean, rstd;
   Matrix grad_output, grad_sum, grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias;
 
   Problem(std::mt19937_64& generator, Shape shape, Types types, Layout layout, Options options)
-      : types(types), options(options), dropout(dropout_of(options.p, 0xFEDCBA9876543210ULL)) {
+      : types(types), options(options), dropout(dropout_of(options.p, 0xFEDCBA9876543210ULL)), kept(dropout, shape) {
     const auto [rows, cols] = shape;
     const Layout aligned_as{0, layout.offset};
     const auto random = [&](DType dtype) { return Matrix::random(generator, rows, cols, dtype, layout); };
@@ -123,7 +124,7 @@ struct Problem {
   // Rows whose sum is far smaller than its terms (each rounded to float32) need room for the terms' rounding.
   void expect_forward_correct() const {
     const auto rows = input.rows(), cols = input.cols();
-    const auto sums = residual_sum(input, residual, input_bias, dropout);
+    const auto sums = residual_sum(input, residual, input_bias, dropout, kept);
     expect_close(sum, sums.sum, sums.scale, types.accumulation(), 4, "sum");
     auto want = normalize(sums.sum, rows, cols, weight, bias, kEps);
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -148,7 +149,7 @@ struct Problem {
           grad(row, col) += grad_sum(row, col);
           scale(row, col) += std::fabs(grad_sum(row, col));
         }
-        if (!kept(dropout, row, col, cols)) continue;
+        if (!kept(row, col)) continue;
         branch(row, col) = grad(row, col) * dropout.scale;
         branch_scale(row, col) = scale(row, col) * dropout.scale;
         column(0, col) += branch(row, col);
@@ -166,8 +167,8 @@ TEST_P(AddLayerNormTest, MatchesFloat64Reference) {
     for (std::size_t shape = 0; shape < kShapes.size(); ++shape) {
       for (std::size_t option = 0; option < kOptions.size(); ++option) {
         const Options options = kOptions[option];
-        SCOPED_TRACE(::testing::Message() << types << " " << kShapes[shape].rows << "x" << kShapes[shape].cols
-                                          << " options " << option);
+        SCOPED_TRACE(::testing::Message()
+                     << types << " " << kShapes[shape].rows << "x" << kShapes[shape].cols << " options " << option);
         Problem problem(generator, kShapes[shape], types, kLayouts[(shape + option) % 2], options);
         problem.forward(kernels(), serial);
         problem.expect_forward_correct();
@@ -237,7 +238,7 @@ TEST_P(AddLayerNormTest, ThreadsChangeNothing) {
     two.forward(kernels(), threaded<2>), two.backward(kernels(), threaded<2>);
     five.forward(kernels(), threaded<5>), five.backward(kernels(), threaded<5>);
     for (const Problem* other : {&two, &five}) {
-      for (Matrix Problem::*result :
+      for (Matrix Problem::* result :
            {&Problem::output, &Problem::sum, &Problem::mean, &Problem::rstd, &Problem::grad_input,
             &Problem::grad_residual, &Problem::grad_weight, &Problem::grad_bias, &Problem::grad_input_bias}) {
         EXPECT_EQ((alone.*result).storage(), (other->*result).storage()) << types;
@@ -251,7 +252,7 @@ TEST_P(AddLayerNormTest, DroppedElementsAddNothing) {
     Problem problem(generator, {9, 775}, {kFloat32, kFloat32, kFloat32, kFloat32}, {}, {.p = p});
     for (std::int64_t row = 0; row < 9; ++row) {
       for (std::int64_t col = 0; col < 775; ++col) {
-        if (!kept(problem.dropout, row, col, 775)) problem.input.set(row, col, std::nan(""));
+        if (!problem.kept(row, col)) problem.input.set(row, col, std::nan(""));
       }
     }
     problem.forward(kernels(), serial);

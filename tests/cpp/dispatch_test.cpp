@@ -18,18 +18,22 @@ TEST(Dispatch, ScalarIsAlwaysThereAndTheBestComesLast) {
   ASSERT_FALSE(isas.empty());
   EXPECT_EQ(isas.front(), "scalar");
   for (const auto& isa : isas) EXPECT_EQ(kernels_for(isa).isa, isa);
-  EXPECT_EXIT({
-    unsetenv("RESNORM_CPU_ISA");
-    std::exit(kernels().isa == isas.back() ? 0 : 1);
-  }, ExitedWithCode(0), "");
+  EXPECT_EXIT(
+      {
+        unsetenv("RESNORM_CPU_ISA");
+        std::exit(kernels().isa == isas.back() ? 0 : 1);
+      },
+      ExitedWithCode(0), "");
 }
 
 TEST(Dispatch, EnvironmentOverrides) {
   for (const auto& isa : supported_isas()) {
-    EXPECT_EXIT({
-      setenv("RESNORM_CPU_ISA", isa.c_str(), 1);
-      std::exit(kernels().isa == isa ? 0 : 1);
-    }, ExitedWithCode(0), "");
+    EXPECT_EXIT(
+        {
+          setenv("RESNORM_CPU_ISA", isa.c_str(), 1);
+          std::exit(kernels().isa == isa ? 0 : 1);
+        },
+        ExitedWithCode(0), "");
   }
 }
 

@@ -36,30 +36,45 @@ inline Dropout dropout_of(double p, std::uint64_t seed) {
   return {threshold, static_cast<float>(scale), seed};
 }
 
-// By the contract: half-word e mod 8, low half first, of the block at counter e / 8.
-inline bool kept(const Dropout& dropout, std::int64_t row, std::int64_t col, std::int64_t cols) {
-  const auto element = static_cast<std::uint64_t>(row * cols + col);
-  const auto block = philox::block(element / 8, dropout.seed);
-  const std::uint32_t draw = block.words[element % 8 / 2] >> (element % 2 * 16) & 0xFFFFU;
-  return draw >= dropout.threshold;
-}
+struct Shape {
+  std::int64_t rows, cols;
+};
+
+// Which elements of a matrix dropout keeps, by the contract: element e takes half-word e mod 8, low half first, of the
+// block at counter e / 8.
+class KeepMask {
+ public:
+  KeepMask(const Dropout& dropout, Shape shape) : cols_(shape.cols) {
+    const auto count = static_cast<std::uint64_t>(shape.rows * shape.cols);
+    for (std::uint64_t element = 0; element < count; ++element) {
+      if (element % 8 == 0) block_ = philox::block(element / 8, dropout.seed);
+      const std::uint32_t draw = block_.words[element % 8 / 2] >> (element % 2 * 16) & 0xFFFFU;
+      kept_.push_back(draw >= dropout.threshold);
+    }
+  }
+
+  bool operator()(std::int64_t row, std::int64_t col) const {
+    return kept_[static_cast<std::size_t>(row * cols_ + col)];
+  }
+
+ private:
+  std::int64_t cols_;
+  philox::Block block_;
+  std::vector<bool> kept_;
+};
 
 // Where the kernels accumulate in float64.
 inline DType accumulation_of(std::initializer_list<DType> operands) {
   return std::find(operands.begin(), operands.end(), DType::kFloat64) != operands.end() ? DType::kFloat64
-                                                                                         : DType::kFloat32;
+                                                                                        : DType::kFloat32;
 }
 
 inline std::vector<unsigned char> workspace_for(std::int64_t rows, std::int64_t cols, int column_sums, DType dtype) {
   return std::vector<unsigned char>(backward_workspace_bytes(rows, cols, column_sums, dtype), 0xFF);
 }
 
-struct Shape {
-  std::int64_t rows, cols;
-};
-
 // No rows, single columns, less and more than a vector, odd sizes, rows beyond a stack buffer, several row blocks.
-inline const std::vector<Shape> kShapes = {{0, 5},  {3, 1},   {1, 2},   {5, 7},     {2, 16},  {7, 33},
+inline const std::vector<Shape> kShapes = {{0, 5},  {3, 1},   {1, 2},   {5, 7},     {2, 16},   {7, 33},
                                            {4, 64}, {6, 768}, {9, 775}, {3, 10007}, {613, 130}};
 
 inline const std::vector<Layout> kLayouts = {{0, 0}, {3, 1}};
@@ -73,8 +88,8 @@ class KernelTest : public ::testing::TestWithParam<std::string> {
 
 inline std::string isa_name(const ::testing::TestParamInfo<std::string>& info) { return info.param; }
 
-#define RESNORM_FOR_EVERY_ISA(Suite)                                                                            \
-  INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::resnorm::cpu::supported_isas()),                   \
+#define RESNORM_FOR_EVERY_ISA(Suite)                                                          \
+  INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::resnorm::cpu::supported_isas()), \
                            ::resnorm::cpu::testing::isa_name)
 
 }  // namespace resnorm::cpu::testing

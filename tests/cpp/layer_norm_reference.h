@@ -28,7 +28,8 @@ NormalizedRows normalize(const Input& input, std::int64_t rows, std::int64_t col
       const long double scaled = (input(row, col) - mean) * rstd * weight_at(weight, col);
       const double shift = bias.present() ? bias(0, col) : 0.0;
       result.output(row, col) = static_cast<double>(scaled + shift);
-      result.scale(row, col) = static_cast<double>(std::fabs(scaled)) + std::fabs(shift) + std::fabs(weight_at(weight, col));
+      result.scale(row, col) =
+          static_cast<double>(std::fabs(scaled)) + std::fabs(shift) + std::fabs(weight_at(weight, col));
     }
     result.mean.push_back(static_cast<double>(mean));
     result.rstd.push_back(static_cast<double>(rstd));

@@ -15,8 +15,8 @@ struct Types {
 };
 
 const std::vector<Types> kTypes = {
-    {DType::kFloat32, DType::kFloat32},   {DType::kFloat64, DType::kFloat64},  {DType::kBFloat16, DType::kBFloat16},
-    {DType::kFloat16, DType::kFloat16},   {DType::kBFloat16, DType::kFloat32}, {DType::kFloat16, DType::kFloat32},
+    {DType::kFloat32, DType::kFloat32}, {DType::kFloat64, DType::kFloat64},  {DType::kBFloat16, DType::kBFloat16},
+    {DType::kFloat16, DType::kFloat16}, {DType::kBFloat16, DType::kFloat32}, {DType::kFloat16, DType::kFloat32},
     {DType::kFloat32, DType::kFloat64},
 };
 
@@ -93,9 +93,9 @@ TEST_P(LayerNormTest, MatchesFloat64Reference) {
     for (const Shape shape : kShapes) {
       for (const Layout layout : kLayouts) {
         for (const bool affine : {true, false}) {
-          SCOPED_TRACE(::testing::Message() << name_of(types.data) << "/" << name_of(types.parameters) << " "
-                                            << shape.rows << "x" << shape.cols << " offset " << layout.offset
-                                            << (affine ? " affine" : ""));
+          SCOPED_TRACE(::testing::Message()
+                       << name_of(types.data) << "/" << name_of(types.parameters) << " " << shape.rows << "x"
+                       << shape.cols << " offset " << layout.offset << (affine ? " affine" : ""));
           Problem problem(generator, shape, types, layout, affine);
           problem.forward(kernels(), serial);
           problem.backward(kernels(), serial);

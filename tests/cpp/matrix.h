@@ -84,7 +84,9 @@ class Values {
  public:
   Values(std::int64_t rows, std::int64_t cols) : cols_(cols), values_(static_cast<std::size_t>(rows * cols)) {}
 
-  double& operator()(std::int64_t row, std::int64_t col) { return values_[static_cast<std::size_t>(row * cols_ + col)]; }
+  double& operator()(std::int64_t row, std::int64_t col) {
+    return values_[static_cast<std::size_t>(row * cols_ + col)];
+  }
   double operator()(std::int64_t row, std::int64_t col) const {
     return values_[static_cast<std::size_t>(row * cols_ + col)];
   }

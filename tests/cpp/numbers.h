@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "kernels/cpu/kernels.h"
 
@@ -72,6 +73,19 @@ struct HalfFormat {
 
 inline constexpr HalfFormat kBFloat16Format{8, 7}, kFloat16Format{5, 10};
 
+inline const HalfFormat& format_of(DType half) { return half == DType::kBFloat16 ? kBFloat16Format : kFloat16Format; }
+
+// Every value of a half type, by its bits.
+inline const std::vector<double>& values_of(DType half) {
+  static const auto decode_all = [](const HalfFormat& format) {
+    std::vector<double> values;
+    for (int bits = 0; bits < 65536; ++bits) values.push_back(format.decode(static_cast<std::uint16_t>(bits)));
+    return values;
+  };
+  static const std::vector<double> bfloat16 = decode_all(kBFloat16Format), float16 = decode_all(kFloat16Format);
+  return half == DType::kBFloat16 ? bfloat16 : float16;
+}
+
 inline double read(const void* data, std::int64_t index, DType dtype) {
   const auto* at = static_cast<const unsigned char*>(data) + index * static_cast<std::int64_t>(size_of(dtype));
   if (dtype == DType::kFloat64) {
@@ -86,7 +100,7 @@ inline double read(const void* data, std::int64_t index, DType dtype) {
   }
   std::uint16_t bits;
   std::memcpy(&bits, at, sizeof bits);
-  return (dtype == DType::kBFloat16 ? kBFloat16Format : kFloat16Format).decode(bits);
+  return values_of(dtype)[bits];
 }
 
 inline void write(void* data, std::int64_t index, DType dtype, double value) {
@@ -97,7 +111,7 @@ inline void write(void* data, std::int64_t index, DType dtype, double value) {
     const auto narrow = static_cast<float>(value);
     std::memcpy(at, &narrow, sizeof narrow);
   } else {
-    const auto bits = (dtype == DType::kBFloat16 ? kBFloat16Format : kFloat16Format).encode(value);
+    const auto bits = format_of(dtype).encode(value);
     std::memcpy(at, &bits, sizeof bits);
   }
 }

@@ -16,20 +16,22 @@ struct Types {
 };
 
 const std::vector<Types> kTypes = {
-    {kFloat32, kFloat32, kFloat32},    {kFloat64, kFloat64, kFloat64}, {kBFloat16, kBFloat16, kBFloat16},
-    {kFloat16, kFloat16, kFloat16},    {kBFloat16, kFloat32, kFloat32}, {kFloat16, kFloat32, kFloat32},
-    {kBFloat16, kBFloat16, kFloat32},  {kFloat32, kBFloat16, kFloat16}, {kFloat16, kFloat64, kFloat64},
+    {kFloat32, kFloat32, kFloat32},   {kFloat64, kFloat64, kFloat64},  {kBFloat16, kBFloat16, kBFloat16},
+    {kFloat16, kFloat16, kFloat16},   {kBFloat16, kFloat32, kFloat32}, {kFloat16, kFloat32, kFloat32},
+    {kBFloat16, kBFloat16, kFloat32}, {kFloat32, kBFloat16, kFloat16}, {kFloat16, kFloat64, kFloat64},
     {kFloat64, kBFloat16, kBFloat16},
 };
 
 struct Problem {
   Dropout dropout;
+  KeepMask kept;
   DType accumulation;
   Matrix input, residual, input_bias, output;
   Matrix grad_output, grad_input, grad_input_bias;
 
   Problem(std::mt19937_64& generator, Shape shape, Types types, Layout layout, double p, bool with_bias)
       : dropout(dropout_of(p, 0x123456789ABCDEF0ULL)),
+        kept(dropout, shape),
         accumulation(types.accumulation()),
         input(Matrix::random(generator, shape.rows, shape.cols, types.input, layout)),
         residual(Matrix::random(generator, shape.rows, shape.cols, types.residual, layout)),
@@ -66,12 +68,12 @@ struct Problem {
 
   void expect_correct() const {
     const auto rows = input.rows(), cols = input.cols();
-    const auto want = residual_sum(input, residual, input_bias, dropout);
+    const auto want = residual_sum(input, residual, input_bias, dropout, kept);
     expect_close(output, want.sum, want.scale, accumulation, 4, "output");
     Values grad(rows, cols), scale(rows, cols), sum(1, cols), sum_scale(1, cols);
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t col = 0; col < cols; ++col) {
-        if (kept(dropout, row, col, cols)) grad(row, col) = grad_output(row, col) * dropout.scale;
+        if (kept(row, col)) grad(row, col) = grad_output(row, col) * dropout.scale;
         scale(row, col) = std::fabs(grad(row, col));
         sum(0, col) += grad(row, col);
         sum_scale(0, col) += scale(row, col);
@@ -88,9 +90,9 @@ TEST_P(ResidualAddTest, MatchesFloat64Reference) {
       for (const double p : {0.0, 0.3}) {
         for (const bool with_bias : {false, true}) {
           const Layout layout = kLayouts[p > 0];
-          SCOPED_TRACE(::testing::Message() << name_of(types.input) << "+" << name_of(types.residual) << " -> "
-                                            << name_of(types.output) << " " << shape.rows << "x" << shape.cols
-                                            << " p=" << p << (with_bias ? " bias" : ""));
+          SCOPED_TRACE(::testing::Message()
+                       << name_of(types.input) << "+" << name_of(types.residual) << " -> " << name_of(types.output)
+                       << " " << shape.rows << "x" << shape.cols << " p=" << p << (with_bias ? " bias" : ""));
           Problem problem(generator, shape, types, layout, p, with_bias);
           problem.forward(kernels(), serial);
           problem.backward(kernels(), serial);
@@ -109,7 +111,7 @@ TEST_P(ResidualAddTest, DropoutHoldsAtItsExtremes) {
       Problem problem(generator, {300, 131}, {dtype, dtype, dtype}, {}, p, true);
       for (std::int64_t row = 0; row < 300; ++row) {
         for (std::int64_t col = 0; col < 131; ++col) {
-          if (kept(problem.dropout, row, col, 131)) continue;
+          if (problem.kept(row, col)) continue;
           problem.input.set(row, col, row % 2 ? std::numeric_limits<double>::infinity() : std::nan(""));
           problem.grad_output.set(row, col, std::numeric_limits<double>::infinity());
         }
@@ -145,7 +147,7 @@ TEST_P(ResidualAddTest, OutputMayBeResidualOrInput) {
   for (const DType dtype : {kFloat32, kBFloat16}) {
     Problem apart(generator, {7, 77}, {dtype, dtype, dtype}, {1, 1}, 0.4, true);
     apart.forward(kernels(), serial);
-    for (Matrix Problem::*operand : {&Problem::residual, &Problem::input}) {
+    for (Matrix Problem::* operand : {&Problem::residual, &Problem::input}) {
       Problem together = apart;
       Rows output = (together.*operand).operand();
       kernels().residual_add_forward({.rows = 7,
@@ -203,8 +205,6 @@ RESNORM_FOR_EVERY_ISA(ConversionTest);
 
 constexpr std::int64_t kCols = 45, kRows = 65536 / kCols + 1;
 
-const HalfFormat& format_of(DType half) { return half == kBFloat16 ? kBFloat16Format : kFloat16Format; }
-
 TEST_P(ConversionTest, EveryHalfWidensExactly) {
   for (const DType half : {kBFloat16, kFloat16}) {
     for (const DType wide : {kFloat32, kFloat64}) {
@@ -216,7 +216,8 @@ TEST_P(ConversionTest, EveryHalfWidensExactly) {
       const Matrix output = converted(input, wide);
       for (std::int64_t i = 0; i < kRows * kCols; ++i) {
         const double want = input(i / kCols, i % kCols), got = output(i / kCols, i % kCols);
-        ASSERT_TRUE(std::isnan(want) ? std::isnan(got) : got == want) << name_of(half) << " " << want << ", got " << got;
+        ASSERT_TRUE(std::isnan(want) ? std::isnan(got) : got == want)
+            << name_of(half) << " " << want << ", got " << got;
       }
     }
   }

@@ -344,8 +344,10 @@ class TestChoice:
         assert measured == [self.shape]
         assert extension.linear_backend(*self.shape) == faster
 
-    def test_measurement_gives_a_backend(self):
+    def test_measurement_gives_a_backend_and_draws_no_random_number(self):
+        before = torch.get_rng_state()
         assert engine._faster_backend([self.shape]) in ("aten", "onednn")
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_nothing_is_measured_under_deterministic_algorithms(self, monkeypatch):
         monkeypatch.setattr(engine, "_faster_backend", lambda shapes: pytest.fail("measured"))

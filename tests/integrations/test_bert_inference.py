@@ -14,7 +14,6 @@ import transformers
 
 from resnorm_ext._extension import extension
 from resnorm_ext.engine import post_norm
-from resnorm_ext.engine.post_norm import _chunks
 from resnorm_ext.integrations import accelerate
 
 from .conftest import MASKS, assert_same_at_real_positions, inputs, real_positions, tiny_config
@@ -206,12 +205,6 @@ def test_long_batches_go_through_in_chunks(pair, path_of, monkeypatch, backend):
         batch = inputs(mask)
         output = accelerated(**batch).last_hidden_state
         assert_same_at_real_positions(output, model(**batch).last_hidden_state, batch)
-
-
-def test_chunks_are_whole_sequences():
-    bounds = [0, 4, 4, 9, 30, 31, 35, 35]
-    assert list(_chunks(bounds, 10)) == [(0, 3), (3, 4), (4, 7)]
-    assert list(_chunks([0], 10)) == []
 
 
 def test_no_output_is_written_again(pair, path_of):

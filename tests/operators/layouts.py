@@ -37,8 +37,8 @@ def empty(shape: torch.Size, dtype: torch.dtype, layout: str) -> tuple[Tensor, T
     if layout == "last dimension strided":
         memory = buffer(*leading, 2 * last)
         return memory[..., ::2], memory
-    if layout == "expanded":  # every row is the same memory
-        memory = buffer(last)
+    if layout == "expanded":  # every row is the same memory, or every element of a vector
+        memory = buffer(last if leading else 1)
         return memory.expand(shape), memory
     raise AssertionError(layout)
 
@@ -47,7 +47,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """``tensor``'s values in ``layout``; an expanded tensor repeats the first row."""
     view, memory = empty(tensor.shape, tensor.dtype, layout)
     if layout == "expanded":
-        memory.copy_(tensor.reshape(-1, *memory.shape)[0] if tensor.numel() else 0.0)
+        memory.copy_(tensor.reshape(-1, *memory.shape)[0] if tensor.numel() else torch.zeros(()))
     else:
         view.copy_(tensor)
     return view

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators in torch's own operators, as they serve devices without kernels of ours: here on CPU tensors, by calling
-what is registered for such a device."""
+"""The operators in torch's own operators, as they serve devices without kernels of ours: here on CPU tensors, by
+calling what is registered for such a device."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def sum_of(request):
 
 
 @given(
-    shape=st.lists(st.integers(1, 9), max_size=2).flatmap(lambda l: st.integers(1, 300).map(lambda n: (*l, n))),
+    shape=st.lists(st.integers(1, 9), max_size=2).flatmap(
+        lambda leading: st.integers(1, 300).map(lambda n: (*leading, n))
+    ),
     p=st.sampled_from([1e-3, 0.1, 0.25, 0.5, 0.9]) | st.floats(0, 1),
     seed=SEEDS,
     layouts=st.tuples(*[st.sampled_from(LAYOUTS[:-1])] * 3),

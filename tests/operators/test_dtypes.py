@@ -45,7 +45,7 @@ def test_sum_and_output(dtype, residual, residual_dtype):
 
 
 def test_a_scalar_residual_does_not_give_way():
-    """Unlike a Python number's, a zero-dimensional tensor's dtype counts: the sum's dtype is a matter of dtypes alone."""
+    """Unlike a Python number's, a zero-dimensional tensor's dtype counts: the sum's is a matter of dtypes alone."""
     assert residual_add(torch.tensor(1.0, dtype=F32), torch.tensor(1.0, dtype=F64)).dtype == F64
     assert residual_add(torch.tensor(1.0, dtype=BF16), torch.tensor(1.0, dtype=F32)).dtype == F32
 
@@ -70,7 +70,7 @@ def test_parameters_are_of_the_inputs_dtype_or_float32_beside_a_half_precision_i
     with pytest.raises(RuntimeError) as torchs:
         torch.nn.functional.layer_norm(x, (8,), vector, vector)
     for call in calls:
-        with pytest.raises(type(torchs.value), match="Expected .* of dtype .* but got") as ours:
+        with pytest.raises(type(torchs.value), match=r"Expected .* of dtype .* but got") as ours:
             call()
         assert len({str(dtype), str(parameter)}) == 2 and "input" in str(ours.value)
 

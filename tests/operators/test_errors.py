@@ -19,7 +19,7 @@ V = torch.randn(8)
 
 
 def error_of(call: Callable) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: B017
+    with pytest.raises(Exception) as caught:
         call()
     return caught.value
 

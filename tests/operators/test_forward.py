@@ -14,8 +14,6 @@ from resnorm_ext import reference
 from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, accumulation, eps_of, to_double
 from .layouts import LAYOUTS, WRITABLE_LAYOUTS, empty, lay_out
 
-pytestmark = pytest.mark.every_isa
-
 # Around the widths of vectors and unrolled loops, hidden sizes people use, and odd ones.
 COLS = st.integers(1, 70) | st.sampled_from([127, 128, 129, 255, 257, 384, 511, 768, 1000, 1023, 1025, 2049, 3001])
 SHAPES = st.tuples(
@@ -80,6 +78,7 @@ def check(case: Case, inputs, results, *, normalized_dims: int, **_options) -> N
             assert worst <= 1, f"{name} is off by {worst} tolerances"
 
 
+@pytest.mark.every_isa
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,6 +87,7 @@ def test_a_usual_size(case, dtype):
     check(case, inputs, case.ours(inputs, **options), **options)
 
 
+@pytest.mark.every_isa
 @given(
     case=st.sampled_from(CASES),
     shape=SHAPES,
@@ -105,6 +105,7 @@ def test_any_shape_strides_and_dtypes(case, shape, dtypes, layouts):
     assert all(torch.equal(inputs[name], before[name]) for name in inputs), "an input was written"
 
 
+@pytest.mark.every_isa
 @given(
     case=st.sampled_from(CASES),
     shape=SHAPES,

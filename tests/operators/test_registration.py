@@ -59,7 +59,22 @@ def inner_samples() -> dict[str, tuple]:
             *(y, s, x, ROW, weight, bias, input_bias, mean, rstd, 1e-5, 0.3, SEED, torch.bfloat16, [True] * 5),
         ),
         "_add_layer_norm_backward ": (
-            *(y, None, x, ROW, None, None, None, mean, rstd, 1e-5, 0.0, None, torch.float32, [False, True] + [False] * 3),
+            *(
+                y,
+                None,
+                x,
+                ROW,
+                None,
+                None,
+                None,
+                mean,
+                rstd,
+                1e-5,
+                0.0,
+                None,
+                torch.float32,
+                [False, True] + [False] * 3,
+            ),
         ),
     }
 

@@ -91,9 +91,7 @@ def test_dropped_values_contribute_nothing_whatever_they_are(dtype, p):
     (grad_input,) = torch.autograd.grad(s, input, rows_with(INF, -INF, NAN, 1.0, dtype=dtype))
     assert torch.equal(grad_input.isfinite(), keep.logical_not() | input.isfinite())
     assert (grad_input[~keep] == 0).all()
-    y, s_of_norm = add_layer_norm(
-        input.detach(), residual, (37,), dropout_p=p, training=True, seed=SEED, prenorm=True
-    )
+    y, s_of_norm = add_layer_norm(input.detach(), residual, (37,), dropout_p=p, training=True, seed=SEED, prenorm=True)
     assert_same(s_of_norm, s.detach())
     assert torch.equal(y.isnan().any(1), s.detach().isfinite().all(1).logical_not())
 

@@ -16,20 +16,23 @@ class DropoutRows {
   DropoutRows(const Dropout& dropout, std::int64_t cols, RowBuffers& buffers, int slots = 1)
       : threshold(dropout.threshold), scale(dropout.scale), seed_(dropout.seed), cols_(cols) {
     pitch_ = (cols + philox::kElementsPerBlock + kPadding) / kPadding * kPadding + kPadding;
-    draws_ = buffers.take<std::uint16_t>(pitch_ * slots);
+    draws_ = buffers.take<std::uint16_t>(threshold == 0 ? pitch_ : pitch_ * slots);
     // Without dropout nothing is below the threshold, whatever the draws: but they must be something.
-    if (threshold == 0) __builtin_memset(draws_, 0, static_cast<std::size_t>(pitch_ * slots) * sizeof(std::uint16_t));
+    if (threshold == 0) __builtin_memset(draws_, 0, static_cast<std::size_t>(pitch_) * sizeof(std::uint16_t));
   }
 
   // draws[column] for every column of the row.
   const std::uint16_t* row(std::int64_t row, int slot = 0) const {
+    if (threshold == 0) return draws_;
     std::uint16_t* draws = draws_ + slot * pitch_;
-    if (threshold == 0) return draws;
     const auto element = static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(cols_);
     const auto offset = static_cast<std::int64_t>(element % philox::kElementsPerBlock);
     draw(element / philox::kElementsPerBlock, offset + cols_, draws);
     return draws + offset;
   }
+
+  // Draws of no row in particular.
+  const std::uint16_t* any() const { return draws_; }
 
   const std::uint32_t threshold;
   const float scale;

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// output = (input - mean) * rstd * weight + bias. Each row is read once from memory and twice more from the first cache.
+// output = (input - mean) * rstd * weight + bias. Each row is read once from memory and twice more from the first
+// cache.
 #pragma once
 
 #include <cstdint>
 
 #include "norm_backward.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "row_buffer.h"
 #include "row_statistics.h"
 
@@ -20,31 +22,35 @@ void layer_norm_rows(const LayerNormForward& a, std::int64_t begin, std::int64_t
   const RowWriter<T> output(a.output, a.cols, buffers);
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = vector_or(a.bias, Acc(0), a.cols, buffers);
-  const Acc reciprocal_cols = Acc(1) / static_cast<Acc>(a.cols);
-  const bool far = is_far<T>(a.rows, a.cols);
+  // Half types are widened once, by the first sweep.
+  Acc* widened = kSame<T, Acc> ? nullptr : buffers.take<Acc>(a.cols);
+  const double reciprocal_cols = 1.0 / static_cast<double>(a.cols);
+  const bool far = are_far<T, T>(a.rows, a.cols);
   for (std::int64_t row = begin; row < end; ++row) {
     const std::int64_t next = row + 1 < end ? row + 1 : row;
-    const T *x = input.row(row), *next_x = input.ahead(next), *next_output = output.ahead(next);
+    const T* input_row = input.row(row);
     const Acc mean = row_mean<Acc>(
         a.cols, reciprocal_cols,
-        [&](std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(x + i, lanes); },
-        [](std::int64_t, Vec<Acc>, auto) {});
-    const auto statistics = row_statistics<Acc>(x, a.cols, reciprocal_cols, mean, a.eps,
-                                                [&](std::int64_t i) RESNORM_INLINE_LAMBDA {
-                                                  if (!far) return;
-                                                  prefetch(next_x + i);
-                                                  prefetch(next_output + i);
-                                                });
+        [&](std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(input_row + i, lanes); },
+        [&](std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
+          if constexpr (!kSame<T, Acc>) x.store(widened + i, lanes);
+        });
+    const Acc* values = widened;
+    if constexpr (kSame<T, Acc>) values = input_row;
+    const auto statistics = row_statistics(values, a.cols, reciprocal_cols, mean, a.eps,
+                                           NextRows(far, input.ahead(next), output.ahead(next)));
     store_statistics(statistics, row, a.mean, a.rstd);
-    normalize_row(x, a.cols, statistics, weight, bias, output.row(row));
+    normalize_row(values, a.cols, statistics, weight, bias, output.row(row));
     output.commit(row);
   }
 }
 
 inline void layer_norm_forward(const LayerNormForward& a, ParallelFor parallel_for) {
   auto* range = any_float64(a.input, a.output) ? layer_norm_rows<double> : layer_norm_rows<float>;
-  if (all_are<BFloat16>(a.input, a.output)) range = layer_norm_rows<BFloat16>;
-  if (all_are<Float16>(a.input, a.output)) range = layer_norm_rows<Float16>;
+  if constexpr (kHasHalfLoops) {
+    if (all_are<BFloat16>(a.input, a.output)) range = layer_norm_rows<BFloat16>;
+    if (all_are<Float16>(a.input, a.output)) range = layer_norm_rows<Float16>;
+  }
   parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }
 

@@ -3,9 +3,10 @@
 //
 // With d = s - mean, x = (d - delta) * rstd and g = grad_output * weight, a row's gradient is
 //   grad_residual = grad_sum + rstd * (g - sum(g) / N - x * sum(g x) / N)
-// and grad_weight = sum over rows of grad_output x, grad_bias = sum over rows of grad_output. The first sweep over a row
-// sums g, g d and d (which gives delta, the part of the mean that its float32 does not hold); the second, from the first
-// cache, writes everything. Rows go four at a time: weight and column sums are loaded and stored once for all of them.
+// and grad_weight = sum over rows of grad_output x, grad_bias = sum over rows of grad_output. The first sweep over a
+// row sums g, g d and d (which gives delta, the part of the mean that its float32 does not hold); the second, from the
+// first cache, writes everything. Rows go four at a time: weight and column sums are loaded and stored once for all of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include "column_sums.h"
 #include "dropout.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "row_buffer.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
@@ -20,86 +22,92 @@ namespace {
 
 enum NormColumnSum { kGradWeight, kGradBias, kGradInputBias, kNormColumnSums };
 
-// A group of rows. G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
-template <class G, class S, int kRows>
-struct NormBackwardGroup {
+// One row. G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
+template <class G, class S>
+struct NormBackwardRow {
   using Acc = Accumulation<G, S>;
 
-  const G* grad_output[kRows];
-  const S* sum[kRows];
-  const S* grad_sum[kRows];
-  S* grad_residual[kRows];
-  G* grad_input[kRows];
-  const std::uint16_t* draws[kRows];
-  Acc mean[kRows], rstd[kRows];
-
-  // The rows of the next group, to prefetch them where the matrices are far.
-  bool far;
-  const G *next_grad_output[kRows], *next_grad_input[kRows];
-  const S *next_sum[kRows], *next_grad_sum[kRows], *next_grad_residual[kRows];
-};
-
-// What the second sweep needs of a row: grad_residual = g * rstd + (d - delta) * scale + offset.
-template <class Acc>
-struct NormBackwardRow {
+  const G* grad_output;
+  const S* sum;
+  const S* grad_sum;
+  S* grad_residual;
+  G* grad_input;
+  const std::uint16_t* draws;
+  Acc mean, rstd;
+  // From the first sweep: grad_residual = grad_sum + g * rstd + (d - delta) * scale + offset.
   Acc delta, scale, offset;
+  // The same operands of the row that takes this one's place in the next group, to be prefetched.
+  const G *next_grad_output, *next_grad_input;
+  const S *next_sum, *next_grad_sum, *next_grad_residual;
 };
 
-template <class G, class S, int kRows, class Acc>
-RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
-                                       const Acc* weight, NormBackwardRow<Acc> (&rows)[kRows]) {
+template <class G, class S>
+using NormBackwardGroup = NormBackwardRow<G, S>[kRowsPerGroup];
+
+template <class G, class S, class Acc>
+RESNORM_NOINLINE void norm_backward_sums(NormBackwardGroup<G, S>& rows, std::int64_t cols, const Acc* weight) {
   using V = Vec<Acc>;
-  constexpr int kSlots = 4 / kRows;
-  V g_sums[kRows][kSlots] = {}, gd_sums[kRows][kSlots] = {}, d_sums[kRows][kSlots] = {};
-  for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-    const V w = V::load(weight + i, lanes);
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V g = V::load(group.grad_output[k] + i, lanes) * w;
-      const V d = (V::load(group.sum[k] + i, lanes) - V::broadcast(group.mean[k])).only(lanes);
-      g_sums[k][slot] = g_sums[k][slot] + g;
-      gd_sums[k][slot] = fma(g, d, gd_sums[k][slot]);
-      d_sums[k][slot] = d_sums[k][slot] + d;
+  double g_totals[kRowsPerGroup] = {}, gd_totals[kRowsPerGroup] = {}, d_totals[kRowsPerGroup] = {};
+  for_each_piece(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+    V g_sums[kRowsPerGroup] = {}, gd_sums[kRowsPerGroup] = {}, d_sums[kRowsPerGroup] = {};
+    for_each_vector<Acc, 1>(size, [&](std::int64_t piece_i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+      const std::int64_t i = begin + piece_i;
+      const V w = V::load(weight + i, lanes);
+      unrolled<kRowsPerGroup>([&](auto k) RESNORM_INLINE_LAMBDA {
+        const V g = V::load(rows[k].grad_output + i, lanes) * w;
+        const V d = (V::load(rows[k].sum + i, lanes) - V::broadcast(rows[k].mean)).only(lanes);
+        g_sums[k] = g_sums[k] + g;
+        gd_sums[k] = fma(g, d, gd_sums[k]);
+        d_sums[k] = d_sums[k] + d;
+      });
+    });
+    unrolled<kRowsPerGroup>([&](auto k) RESNORM_INLINE_LAMBDA {
+      g_totals[k] += g_sums[k].sum();
+      gd_totals[k] += gd_sums[k].sum();
+      d_totals[k] += d_sums[k].sum();
     });
   });
-  const Acc reciprocal_cols = Acc(1) / static_cast<Acc>(cols);
-  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-    const Acc g_mean = total(g_sums[k]) * reciprocal_cols, gd_mean = total(gd_sums[k]) * reciprocal_cols;
-    const Acc delta = total(d_sums[k]) * reciprocal_cols, rstd = group.rstd[k];
-    const Acc gx_mean = (gd_mean - delta * g_mean) * rstd;
-    rows[k] = {delta, -gx_mean * rstd * rstd, -g_mean * rstd};
-  });
+  const double reciprocal_cols = 1.0 / static_cast<double>(cols);
+  for (int k = 0; k < kRowsPerGroup; ++k) {
+    const double g_mean = g_totals[k] * reciprocal_cols, gd_mean = gd_totals[k] * reciprocal_cols;
+    const double delta = d_totals[k] * reciprocal_cols, rstd = rows[k].rstd;
+    const double gx_mean = (gd_mean - delta * g_mean) * rstd;
+    rows[k].delta = static_cast<Acc>(delta);
+    rows[k].scale = static_cast<Acc>(-gx_mean * rstd * rstd);
+    rows[k].offset = static_cast<Acc>(-g_mean * rstd);
+  }
 }
 
-template <bool kHasGradSum, bool kHasBranch, class G, class S, int kRows, class Acc>
-RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
-                                        const Acc* weight, const NormBackwardRow<Acc> (&rows)[kRows],
-                                        std::uint32_t threshold, Acc dropout_scale, Acc* const (&sums)[kNormColumnSums]) {
+template <bool kHasGradSum, bool kHasBranch, class G, class S, class Acc>
+RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S>& rows, std::int64_t cols, const Acc* weight,
+                                        const DropoutRows& dropout, bool far, Acc* const (&sums)[kNormColumnSums]) {
   using V = Vec<Acc>;
   for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    if (far) {
+      for (const auto& row : rows) {
+        prefetch(row.next_grad_output + i);
+        prefetch(row.next_sum + i);
+        prefetch(row.next_grad_residual + i);
+        if constexpr (kHasGradSum) prefetch(row.next_grad_sum + i);
+        if constexpr (kHasBranch) prefetch(row.next_grad_input + i);
+      }
+    }
     const V w = V::load(weight + i, lanes);
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
-    if (group.far) {
-      unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-        prefetch(group.next_grad_output[k] + i);
-        prefetch(group.next_sum[k] + i);
-        prefetch(group.next_grad_residual[k] + i);
-        if constexpr (kHasGradSum) prefetch(group.next_grad_sum[k] + i);
-        if constexpr (kHasBranch) prefetch(group.next_grad_input[k] + i);
-      });
-    }
     V weight_sum = {}, bias_sum = {}, input_bias_sum = {};
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V rstd = V::broadcast(group.rstd[k]);
-      const V d = V::load(group.sum[k] + i, lanes) - V::broadcast(group.mean[k]) - V::broadcast(rows[k].delta);
-      const V grad_output = V::load(group.grad_output[k] + i, lanes), scaled = grad_output * rstd;
+    unrolled<kRowsPerGroup>([&](auto k) RESNORM_INLINE_LAMBDA {
+      const auto& row = rows[k];
+      const V d = V::load(row.sum + i, lanes) - V::broadcast(row.mean) - V::broadcast(row.delta);
+      const V grad_output = V::load(row.grad_output + i, lanes), scaled = grad_output * V::broadcast(row.rstd);
       weight_sum = k == 0 ? scaled * d : fma(scaled, d, weight_sum);
       bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
-      V grad = fma(scaled, w, fma(d, V::broadcast(rows[k].scale), V::broadcast(rows[k].offset)));
-      if constexpr (kHasGradSum) grad = grad + V::load(group.grad_sum[k] + i, lanes);
-      grad.store(group.grad_residual[k] + i, lanes);
+      V grad = fma(scaled, w, fma(d, V::broadcast(row.scale), V::broadcast(row.offset)));
+      if constexpr (kHasGradSum) grad = grad + V::load(row.grad_sum + i, lanes);
+      grad.store(row.grad_residual + i, lanes);
       if constexpr (kHasBranch) {
-        const V branch = (grad * V::broadcast(dropout_scale)).keep(group.draws[k] + i, threshold);
-        branch.store(group.grad_input[k] + i, lanes);
+        const V scale = V::broadcast(static_cast<Acc>(dropout.scale));
+        const V branch = (grad * scale).keep(row.draws + i, dropout.threshold);
+        branch.store(row.grad_input + i, lanes);
         input_bias_sum = k == 0 ? branch : input_bias_sum + branch;
       }
     });
@@ -112,57 +120,114 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
   });
 }
 
+// One task's operands.
+template <class G, class S>
+class NormBackwardRows {
+ public:
+  using Acc = Accumulation<G, S>;
+
+  NormBackwardRows(const AddLayerNormBackward& a, const Dropout& dropout, RowBuffers& buffers)
+      : dropout(dropout, a.cols, buffers, kRowsPerGroup),
+        grad_output_(a.grad_output, a.cols, buffers, kRowsPerGroup),
+        sum_(a.sum, a.cols, buffers, kRowsPerGroup),
+        grad_sum_(a.grad_sum, a.cols, buffers, kRowsPerGroup),
+        grad_residual_(a.grad_residual, a.cols, buffers, kRowsPerGroup),
+        grad_input_(a.grad_input, a.cols, buffers, kRowsPerGroup),
+        mean_(static_cast<const Acc*>(a.mean)),
+        rstd_(static_cast<const Acc*>(a.rstd)),
+        zeros_(buffers.take<Acc>(a.cols)),
+        discard_(buffers.take<Acc>(a.cols)) {
+    fill(zeros_, a.cols, Acc(0));
+  }
+
+  // The group that begins at `row`. Rows from `last` on are filled up with zeros, which add nothing to any sum.
+  void read(std::int64_t row, std::int64_t last, NormBackwardGroup<G, S>& rows) const {
+    for (int k = 0; k < kRowsPerGroup; ++k) {
+      rows[k] = row + k < last ? present(row + k, k, last) : absent();
+    }
+  }
+
+  void commit(std::int64_t row, std::int64_t last) const {
+    for (int k = 0; k < kRowsPerGroup && row + k < last; ++k) {
+      grad_residual_.commit(row + k, k);
+      grad_input_.commit(row + k, k);
+    }
+  }
+
+  const DropoutRows dropout;
+
+ private:
+  NormBackwardRow<G, S> present(std::int64_t row, int slot, std::int64_t last) const {
+    const std::int64_t next = row + kRowsPerGroup < last ? row + kRowsPerGroup : row;
+    return {.grad_output = grad_output_.row(row, slot),
+            .sum = sum_.row(row, slot),
+            .grad_sum = grad_sum_.row(row, slot),
+            .grad_residual = grad_residual_.row(row, slot),
+            .grad_input = grad_input_.row(row, slot),
+            .draws = dropout.row(row, slot),
+            .mean = mean_[row],
+            .rstd = rstd_[row],
+            .delta = 0,
+            .scale = 0,
+            .offset = 0,
+            .next_grad_output = grad_output_.ahead(next),
+            .next_grad_input = grad_input_.ahead(next),
+            .next_sum = sum_.ahead(next),
+            .next_grad_sum = grad_sum_.ahead(next),
+            .next_grad_residual = grad_residual_.ahead(next)};
+  }
+
+  // Zero is all bits zero in every element type.
+  NormBackwardRow<G, S> absent() const {
+    const auto* no_grad = reinterpret_cast<const G*>(zeros_);
+    const auto* no_sum = reinterpret_cast<const S*>(zeros_);
+    return {.grad_output = no_grad,
+            .sum = no_sum,
+            .grad_sum = no_sum,
+            .grad_residual = reinterpret_cast<S*>(discard_),
+            .grad_input = reinterpret_cast<G*>(discard_),
+            .draws = dropout.any(),
+            .mean = 0,
+            .rstd = 0,
+            .delta = 0,
+            .scale = 0,
+            .offset = 0,
+            .next_grad_output = no_grad,
+            .next_grad_input = no_grad,
+            .next_sum = no_sum,
+            .next_grad_sum = no_sum,
+            .next_grad_residual = no_sum};
+  }
+
+  RowReader<G> grad_output_;
+  RowReader<S> sum_, grad_sum_;
+  RowWriter<S> grad_residual_;
+  RowWriter<G> grad_input_;
+  const Acc *mean_, *rstd_;
+  Acc *zeros_, *discard_;
+};
+
 // All blocks of rows, for one pair of types. kHasBranch: a gradient behind the dropout is wanted.
 template <class G, class S, bool kHasGradSum, bool kHasBranch>
 void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
   using Acc = Accumulation<G, S>;
   const ColumnSums<Acc, kNormColumnSums> column_sums({a.grad_weight, a.grad_bias, a.grad_input_bias}, a.rows, a.cols,
                                                      a.workspace);
-  const auto* mean = static_cast<const Acc*>(a.mean);
-  const auto* rstd = static_cast<const Acc*>(a.rstd);
+  const bool far = are_far<G, S, S>(a.rows, a.cols);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
-    const RowReader<G> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
-    const RowReader<S> sum(a.sum, a.cols, buffers, kRowsPerGroup);
-    const RowReader<S> grad_sum(a.grad_sum, a.cols, buffers, kRowsPerGroup);
-    const RowWriter<S> grad_residual(a.grad_residual, a.cols, buffers, kRowsPerGroup);
-    const RowWriter<G> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup);
-    const DropoutRows dropout(a.dropout, a.cols, buffers, kRowsPerGroup);
+    const NormBackwardRows<G, S> operands(a, kHasBranch ? a.dropout : Dropout{}, buffers);
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
     Acc* const sums[kNormColumnSums] = {buffers.take<Acc>(a.cols), buffers.take<Acc>(a.cols),
                                         buffers.take<Acc>(a.cols)};
-    const bool far = is_far<G>(a.rows, a.cols);
+    NormBackwardGroup<G, S> rows;
     const auto batch = [&](std::int64_t first, std::int64_t last) {
-      for_each_row_group(first, last, [&](std::int64_t row, auto count) {
-        NormBackwardGroup<G, S, count> group;
-        NormBackwardRow<Acc> rows[count];
-        group.far = far;
-        for (int k = 0; k < count; ++k) {
-          const std::int64_t next = row + count + k < last ? row + count + k : row + k;
-          group.next_grad_output[k] = grad_output.ahead(next);
-          group.next_sum[k] = sum.ahead(next);
-          group.next_grad_residual[k] = grad_residual.ahead(next);
-          if constexpr (kHasGradSum) group.next_grad_sum[k] = grad_sum.ahead(next);
-          if constexpr (kHasBranch) group.next_grad_input[k] = grad_input.ahead(next);
-          group.grad_output[k] = grad_output.row(row + k, k);
-          group.sum[k] = sum.row(row + k, k);
-          group.grad_residual[k] = grad_residual.row(row + k, k);
-          if constexpr (kHasGradSum) group.grad_sum[k] = grad_sum.row(row + k, k);
-          if constexpr (kHasBranch) {
-            group.grad_input[k] = grad_input.row(row + k, k);
-            group.draws[k] = dropout.row(row + k, k);
-          }
-          group.mean[k] = mean[row + k];
-          group.rstd[k] = rstd[row + k];
-        }
-        norm_backward_sums(group, a.cols, weight, rows);
-        norm_backward_apply<kHasGradSum, kHasBranch>(group, a.cols, weight, rows, dropout.threshold,
-                                                     static_cast<Acc>(dropout.scale), sums);
-        for (int k = 0; k < count; ++k) {
-          grad_residual.commit(row + k, k);
-          if constexpr (kHasBranch) grad_input.commit(row + k, k);
-        }
-      });
+      for (std::int64_t row = first; row < last; row += kRowsPerGroup) {
+        operands.read(row, last, rows);
+        norm_backward_sums<G, S>(rows, a.cols, weight);
+        norm_backward_apply<kHasGradSum, kHasBranch, G, S>(rows, a.cols, weight, operands.dropout, far, sums);
+        operands.commit(row, last);
+      }
     };
     for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
   });
@@ -181,18 +246,18 @@ void norm_backward_with(const AddLayerNormBackward& a, ParallelFor parallel_for)
 }
 
 inline void norm_backward(const AddLayerNormBackward& a, ParallelFor parallel_for) {
-  const auto outer = [&](auto tag) {
-    return all_are<typename decltype(tag)::Type>(a.grad_output, a.grad_input);
-  };
-  const auto stream = [&](auto tag) {
-    return all_are<typename decltype(tag)::Type>(a.sum, a.grad_sum, a.grad_residual);
-  };
-  if (any_float64(a.grad_output, a.sum)) return norm_backward_with<double, double>(a, parallel_for);
-  if (outer(Tag<BFloat16>{}) && stream(Tag<BFloat16>{})) return norm_backward_with<BFloat16, BFloat16>(a, parallel_for);
-  if (outer(Tag<Float16>{}) && stream(Tag<Float16>{})) return norm_backward_with<Float16, Float16>(a, parallel_for);
-  if (outer(Tag<BFloat16>{}) && stream(Tag<float>{})) return norm_backward_with<BFloat16, float>(a, parallel_for);
-  if (outer(Tag<Float16>{}) && stream(Tag<float>{})) return norm_backward_with<Float16, float>(a, parallel_for);
-  norm_backward_with<float, float>(a, parallel_for);
+  auto* run = any_float64(a.grad_output, a.sum) ? norm_backward_with<double, double> : norm_backward_with<float, float>;
+  if constexpr (kHasHalfLoops) {
+    const auto add_half = [&](auto tag) {
+      using Half = typename decltype(tag)::Type;
+      if (!all_are<Half>(a.grad_output, a.grad_input)) return;
+      if (all_are<float>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_with<Half, float>;
+      if (all_are<Half>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_with<Half, Half>;
+    };
+    add_half(Tag<BFloat16>{});
+    add_half(Tag<Float16>{});
+  }
+  run(a, parallel_for);
 }
 
 }  // namespace

@@ -28,21 +28,5 @@ inline void parallel_rows(ParallelFor parallel_for, std::int64_t rows, std::int6
   parallel(parallel_for, rows, (kElementsPerTask + cols - 1) / cols, body);
 }
 
-// Whether a matrix of T is too large for a second cache: then rows are worth prefetching. Nearer ones are not, a
-// prefetch takes the place of a load.
-template <class T>
-inline bool is_far(std::int64_t rows, std::int64_t cols) {
-  constexpr std::int64_t kSecondCacheBytes = 2 * 1024 * 1024;
-  return rows * cols > kSecondCacheBytes / static_cast<std::int64_t>(sizeof(T));
-}
-
-// body(row, Index<count>) over groups of rows: four at a time, then one by one.
-template <class Body>
-RESNORM_INLINE void for_each_row_group(std::int64_t begin, std::int64_t end, const Body& body) {
-  std::int64_t row = begin;
-  for (; row + kRowsPerGroup <= end; row += kRowsPerGroup) body(row, Index<kRowsPerGroup>{});
-  for (; row < end; ++row) body(row, Index<1>{});
-}
-
 }  // namespace
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -30,47 +30,42 @@ struct ResidualSum {
 };
 
 // Reads the operands that add_layer_norm and residual_add have in common.
-template <class Input, class Residual, class Acc, bool kHasBias, bool kHasDropout>
+template <class Input, class Residual, class Acc>
 class ResidualSumRows {
  public:
   template <class Arguments>
   ResidualSumRows(const Arguments& a, RowBuffers& buffers)
       : input_(a.input, a.cols, buffers),
         residual_(a.residual, a.cols, buffers),
-        dropout_(a.dropout, kHasDropout ? a.cols : 0, buffers),
-        bias_(kHasBias ? vector_or(a.input_bias, Acc(0), a.cols, buffers) : nullptr) {}
+        dropout_(a.dropout, a.dropout.threshold > 0 ? a.cols : 0, buffers),
+        has_bias_(a.input_bias.data != nullptr) {
+    if (has_bias_ || dropout_.threshold > 0) bias_ = vector_or(a.input_bias, Acc(0), a.cols, buffers);
+  }
 
-  RESNORM_INLINE ResidualSum<Input, Residual, Acc, kHasBias, kHasDropout> row(std::int64_t row) const {
-    return {input_.row(row),    residual_.row(row),
-            bias_,              kHasDropout ? dropout_.row(row) : nullptr,
-            dropout_.threshold, static_cast<Acc>(dropout_.scale)};
+  // f(ResidualSum) for one row. Beside the draws, adding a bias of zeros costs nothing worth a loop of its own.
+  template <class F>
+  RESNORM_INLINE auto with_row(std::int64_t row, const F& f) const {
+    if (dropout_.threshold > 0) return f(sum<true, true>(row, dropout_.row(row)));
+    if (has_bias_) return f(sum<true, false>(row, nullptr));
+    return f(sum<false, false>(row, nullptr));
   }
 
   RESNORM_INLINE const Input* input_ahead(std::int64_t row) const { return input_.ahead(row); }
   RESNORM_INLINE const Residual* residual_ahead(std::int64_t row) const { return residual_.ahead(row); }
 
  private:
+  template <bool kHasBias, bool kHasDropout>
+  RESNORM_INLINE ResidualSum<Input, Residual, Acc, kHasBias, kHasDropout> sum(std::int64_t row,
+                                                                              const std::uint16_t* draws) const {
+    return {input_.row(row), residual_.row(row), bias_, draws, dropout_.threshold, static_cast<Acc>(dropout_.scale)};
+  }
+
   RowReader<Input> input_;
   RowReader<Residual> residual_;
   DropoutRows dropout_;
-  const Acc* bias_;
+  bool has_bias_;
+  const Acc* bias_ = nullptr;
 };
-
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
-// f(Flag has_bias, Flag has_dropout)
-template <class Arguments, class F>
-inline void with_branch_flags(const Arguments& a, const F& f) {
-  const bool bias = a.input_bias.data != nullptr, dropout = a.dropout.threshold > 0;
-  if (bias) {
-    dropout ? f(Flag<true>{}, Flag<true>{}) : f(Flag<true>{}, Flag<false>{});
-  } else {
-    dropout ? f(Flag<false>{}, Flag<true>{}) : f(Flag<false>{}, Flag<false>{});
-  }
-}
 
 }  // namespace
 }  // namespace resnorm::cpu::RESNORM_ISA

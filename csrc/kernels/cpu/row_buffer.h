@@ -47,25 +47,23 @@ class RowBuffers {
     Allocation* next;
   };
 
-  alignas(kAlignment) unsigned char stack_[32 * 1024];
+  alignas(kAlignment) unsigned char stack_[48 * 1024];
   std::size_t used_ = 0;
   Allocation* allocated_ = nullptr;
 };
 
 template <class T>
-__attribute__((noinline)) void fill(T* row, std::int64_t cols, Accumulation<T> value) {
+RESNORM_NOINLINE void fill(T* row, std::int64_t cols, Accumulation<T> value) {
   using Acc = Accumulation<T>;
-  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-    Vec<Acc>::broadcast(value).store(row + i, lanes);
-  });
+  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes)
+                                    RESNORM_INLINE_LAMBDA { Vec<Acc>::broadcast(value).store(row + i, lanes); });
 }
 
 template <class From, class To>
-__attribute__((noinline)) void convert_row(const From* from, To* to, std::int64_t cols) {
+RESNORM_NOINLINE void convert_row(const From* from, To* to, std::int64_t cols) {
   using Acc = Accumulation<From, To>;
-  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-    Vec<Acc>::load(from + i, lanes).store(to + i, lanes);
-  });
+  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes)
+                                    RESNORM_INLINE_LAMBDA { Vec<Acc>::load(from + i, lanes).store(to + i, lanes); });
 }
 
 // A weight or bias in the accumulation type; `absent` in every column where there is none.
@@ -76,9 +74,8 @@ inline const Acc* vector_or(const ConstVector& vector, Acc absent, std::int64_t 
   if (vector.data == nullptr) {
     fill(row, cols, absent);
   } else {
-    visit(vector.dtype, [&](auto tag) {
-      convert_row(static_cast<const typename decltype(tag)::Type*>(vector.data), row, cols);
-    });
+    visit(vector.dtype,
+          [&](auto tag) { convert_row(static_cast<const typename decltype(tag)::Type*>(vector.data), row, cols); });
   }
   return row;
 }
@@ -104,7 +101,7 @@ class RowReader {
   }
 
  private:
-  __attribute__((noinline)) const T* converted(std::int64_t row, int slot) const {
+  RESNORM_NOINLINE const T* converted(std::int64_t row, int slot) const {
     if (rows_.data == nullptr) return buffer_;
     T* to = buffer_ + slot * cols_;
     visit(rows_.dtype, [&](auto tag) {
@@ -123,11 +120,13 @@ template <class T>
 class RowWriter {
  public:
   RowWriter(const Rows& rows, std::int64_t cols, RowBuffers& buffers, int slots = 1) : rows_(rows), cols_(cols) {
-    if (rows.data == nullptr || rows.dtype != kDType<T>) buffer_ = buffers.take<T>(cols * slots);
+    if (rows.data != nullptr && rows.dtype == kDType<T>) return;
+    slot_stride_ = rows.data == nullptr ? 0 : cols;
+    buffer_ = buffers.take<T>(cols * (rows.data == nullptr ? 1 : slots));
   }
 
   RESNORM_INLINE T* row(std::int64_t row, int slot = 0) const {
-    return buffer_ == nullptr ? static_cast<T*>(rows_.data) + row * rows_.row_stride : buffer_ + slot * cols_;
+    return buffer_ == nullptr ? static_cast<T*>(rows_.data) + row * rows_.row_stride : buffer_ + slot * slot_stride_;
   }
 
   // Where a later row will be written, to prefetch it.
@@ -138,15 +137,15 @@ class RowWriter {
   }
 
  private:
-  __attribute__((noinline)) void convert_back(std::int64_t row, int slot) const {
+  RESNORM_NOINLINE void convert_back(std::int64_t row, int slot) const {
     visit(rows_.dtype, [&](auto tag) {
-      convert_row(buffer_ + slot * cols_, static_cast<typename decltype(tag)::Type*>(rows_.data) + row * rows_.row_stride,
-                  cols_);
+      convert_row(buffer_ + slot * slot_stride_,
+                  static_cast<typename decltype(tag)::Type*>(rows_.data) + row * rows_.row_stride, cols_);
     });
   }
 
   Rows rows_;
-  std::int64_t cols_;
+  std::int64_t cols_, slot_stride_ = 0;
   T* buffer_ = nullptr;
 };
 

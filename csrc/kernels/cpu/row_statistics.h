@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "prefetch.h"
 #include "simd.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
@@ -23,7 +24,7 @@ struct RowStatistics {
 // The mean of value(i, lanes) over a row. `sink(i, vector, lanes)` sees every vector once; the first element is read
 // once more before, so `value` must have no effects.
 template <class Acc, class Value, class Sink>
-RESNORM_INLINE Acc row_mean(std::int64_t cols, Acc reciprocal_cols, const Value& value, const Sink& sink) {
+RESNORM_INLINE Acc row_mean(std::int64_t cols, double reciprocal_cols, const Value& value, const Sink& sink) {
   using V = Vec<Acc>;
   const Acc pivot = value(0, FirstLanes{1}).first();
   const V pivots = V::broadcast(pivot);
@@ -33,27 +34,31 @@ RESNORM_INLINE Acc row_mean(std::int64_t cols, Acc reciprocal_cols, const Value&
     sink(i, x, lanes);
     sums[slot] = sums[slot] + (x - pivots).only(lanes);
   });
-  return pivot + total(sums) * reciprocal_cols;
+  return pivot + total(sums) * static_cast<Acc>(reciprocal_cols);
 }
 
-// What is left to know of a row when its mean is known to the last bit or so. This sweep waits for no memory, so it
-// calls ahead(i) to prefetch what the next row needs.
-template <class Acc, class T, class Ahead>
-RESNORM_INLINE RowStatistics<Acc> row_statistics(const T* row, std::int64_t cols, Acc reciprocal_cols, Acc mean,
-                                                 double eps, const Ahead& ahead) {
+// What is left to know of a row when its mean is known to the last bit or so.
+template <class Acc, int kNext>
+RESNORM_INLINE RowStatistics<Acc> row_statistics(const Acc* row, std::int64_t cols, double reciprocal_cols, Acc mean,
+                                                 double eps, const NextRows<kNext>& next) {
   using V = Vec<Acc>;
   const V means = V::broadcast(mean);
-  V sums[kSlots] = {}, squares[kSlots] = {};
-  for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-    ahead(i);
-    const V deviation = (V::load(row + i, lanes) - means).only(lanes);
-    sums[slot] = sums[slot] + deviation;
-    squares[slot] = fma(deviation, deviation, squares[slot]);
+  double sum = 0.0, square = 0.0;
+  for_each_piece(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+    V sums[kSlots] = {}, squares[kSlots] = {};
+    for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
+      next.prefetch_column(begin + i);
+      const V deviation = (V::load(row + begin + i, lanes) - means).only(lanes);
+      sums[slot] = sums[slot] + deviation;
+      squares[slot] = fma(deviation, deviation, squares[slot]);
+    });
+    sum += total(sums);
+    square += total(squares);
   });
   // A handful of double operations a row, where float ones would leave the same relative error in every element. They
   // also keep rows of huge values from Inf - Inf.
-  const double delta = static_cast<double>(total(sums)) * reciprocal_cols;
-  const double variance = static_cast<double>(total(squares)) / static_cast<double>(cols) - delta * delta;
+  const double delta = sum * reciprocal_cols;
+  const double variance = square * reciprocal_cols - delta * delta;
   // The mean takes what of delta it can hold: subtracting the little that is left then rounds no deviation once more.
   const Acc rounded_mean = static_cast<Acc>(mean + delta);
   return {rounded_mean, static_cast<Acc>((static_cast<double>(mean) - rounded_mean) + delta),
@@ -61,9 +66,9 @@ RESNORM_INLINE RowStatistics<Acc> row_statistics(const T* row, std::int64_t cols
 }
 
 // output = (x - mean) * rstd * weight + bias.
-template <class Acc, class T, class Out>
-RESNORM_INLINE void normalize_row(const T* row, std::int64_t cols, const RowStatistics<Acc>& statistics,
-                                  const Acc* weight, const Acc* bias, Out* output) {
+template <class Acc, class Out>
+RESNORM_NOINLINE void normalize_row(const Acc* row, std::int64_t cols, const RowStatistics<Acc>& statistics,
+                                    const Acc* weight, const Acc* bias, Out* output) {
   using V = Vec<Acc>;
   const V mean = V::broadcast(statistics.mean), delta = V::broadcast(statistics.delta);
   const V rstd = V::broadcast(statistics.rstd);

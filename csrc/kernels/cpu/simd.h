@@ -9,6 +9,8 @@
 
 #define RESNORM_INLINE inline __attribute__((always_inline))
 #define RESNORM_INLINE_LAMBDA __attribute__((always_inline))
+// For what many loops call once a row: compiled once, where inlining would multiply the time to compile.
+#define RESNORM_NOINLINE __attribute__((noinline))
 
 #include "element.h"
 
@@ -50,9 +52,6 @@ RESNORM_INLINE void store_each(const Register& lanes, int count, T* to) {
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-// Asks for a row that is needed soon, as far as the second cache: the first may be full of the rows at work.
-RESNORM_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-
 // An index known to the compiler, so that arrays of accumulators stay in registers.
 template <int kIndex>
 struct Index {
@@ -80,6 +79,16 @@ RESNORM_INLINE void for_each_vector(std::int64_t cols, const Body& body) {
   }
   if constexpr (kSize > 1) {
     if (i < cols) body(i, Index<0>{}, FirstLanes{static_cast<int>(cols - i)});
+  }
+}
+
+// body(begin, size) for every piece of a long row. One accumulator that ran through all of it would round each element
+// to the scale of their sum; pieces' sums are small, and a few of them can be added in double.
+template <class Body>
+RESNORM_INLINE void for_each_piece(std::int64_t cols, const Body& body) {
+  constexpr std::int64_t kPiece = 2048;
+  for (std::int64_t begin = 0; begin < cols; begin += kPiece) {
+    body(begin, cols - begin < kPiece ? cols - begin : kPiece);
   }
 }
 

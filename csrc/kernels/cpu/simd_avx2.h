@@ -7,6 +7,8 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
+inline constexpr bool kHasHalfLoops = true;
+
 RESNORM_INLINE __m256i mask32(FirstLanes lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -16,9 +18,7 @@ RESNORM_INLINE __m256i mask64(FirstLanes lanes) {
 }
 
 // Eight 16-bit elements. AVX2 has no masked access to these.
-RESNORM_INLINE __m128i load16(const void* from, AllLanes) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(from));
-}
+RESNORM_INLINE __m128i load16(const void* from, AllLanes) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 
 RESNORM_INLINE __m128i load16(const void* from, FirstLanes lanes) {
   alignas(16) std::uint16_t elements[8] = {};
@@ -81,9 +81,7 @@ struct Vec<float> {
     store16(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
   }
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
-  RESNORM_INLINE void store(double* to, FirstLanes lanes) const {
-    store_each(v, lanes.count, to);
-  }
+  RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
 
   RESNORM_INLINE float first() const { return _mm256_cvtss_f32(v); }
   RESNORM_INLINE float sum() const {

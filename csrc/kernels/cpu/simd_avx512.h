@@ -5,11 +5,14 @@
 // GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
+
+inline constexpr bool kHasHalfLoops = true;
 
 RESNORM_INLINE __mmask16 mask(FirstLanes lanes) { return static_cast<__mmask16>((1U << lanes.count) - 1U); }
 
@@ -80,9 +83,7 @@ struct Vec<float> {
     store16(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
   }
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
-  RESNORM_INLINE void store(double* to, FirstLanes lanes) const {
-    store_each(v, lanes.count, to);
-  }
+  RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
 
   RESNORM_INLINE float first() const { return _mm512_cvtss_f32(v); }
   RESNORM_INLINE float sum() const { return _mm512_reduce_add_ps(v); }

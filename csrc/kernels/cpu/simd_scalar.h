@@ -6,6 +6,9 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
+// Loops of their own for half types would not be fast here: rows of them are converted first.
+inline constexpr bool kHasHalfLoops = false;
+
 template <class Acc>
 struct Vec {
   static constexpr int kSize = 16 / sizeof(Acc);

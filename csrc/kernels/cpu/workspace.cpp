@@ -16,7 +16,8 @@ std::int64_t row_groups(std::int64_t rows) { return (rows + kRowsPerGroup - 1) /
 }  // namespace
 
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols) {
-  const std::int64_t rows_per_task = std::max<std::int64_t>(kElementsPerTask / std::max<std::int64_t>(cols, 1), kRowsPerGroup);
+  const std::int64_t rows_per_task =
+      std::max<std::int64_t>(kElementsPerTask / std::max<std::int64_t>(cols, 1), kRowsPerGroup);
   std::int64_t blocks = 1;
   while (blocks < kMaxRowBlocks && 2 * blocks * rows_per_task <= rows) blocks *= 2;
   return blocks;

@@ -45,11 +45,10 @@ class AddLayerNormFunction : public torch::autograd::Function<AddLayerNormFuncti
     const auto dropout_p = context->saved_data["dropout_p"].toDouble();
     const auto input_dtype = context->saved_data["input_dtype"].toScalarType();
     const auto residual_dtype = context->saved_data["residual_dtype"].toScalarType();
-    const auto grad_output = grads[0].defined()
-                                 ? grads[0]
-                                 : at::zeros_symint(sum.sym_sizes(), sum.options().dtype(input_dtype));
-    const auto wanted = wanted_gradients<5>(
-        *context, {true, true, weight.has_value(), bias.has_value(), input_bias.has_value()});
+    const auto grad_output =
+        grads[0].defined() ? grads[0] : at::zeros_symint(sum.sym_sizes(), sum.options().dtype(input_dtype));
+    const auto wanted =
+        wanted_gradients<5>(*context, {true, true, weight.has_value(), bias.has_value(), input_bias.has_value()});
 
     // Without dropout the two gradients are one tensor: write it once and hand it out twice.
     const bool shared = dropout_threshold(dropout_p) == 0 && input_dtype == residual_dtype;

@@ -30,9 +30,9 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
     const auto saved = context->get_saved_variables();
     const auto weight = saved_optional(saved[1]), bias = saved_optional(saved[2]);
     const auto wanted = wanted_gradients<3>(*context, {true, weight.has_value(), bias.has_value()});
-    const auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(
-        grads[0], saved[0], context->saved_data["normalized_shape"].toSymIntVector(), weight, bias, saved[3], saved[4],
-        context->saved_data["eps"].toDouble(), wanted);
+    const auto [grad_input, grad_weight, grad_bias] =
+        layer_norm_backward(grads[0], saved[0], context->saved_data["normalized_shape"].toSymIntVector(), weight, bias,
+                            saved[3], saved[4], context->saved_data["eps"].toDouble(), wanted);
     return {if_wanted(wanted[0], grad_input), Tensor(), if_wanted(wanted[1], grad_weight),
             if_wanted(wanted[2], grad_bias), Tensor()};
   }
@@ -50,12 +50,9 @@ Tensor layer_norm_autograd(const Tensor& input, c10::SymIntArrayRef normalized_s
   return layer_norm(input, normalized_shape, weight, bias, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                                                c10::SymIntArrayRef normalized_shape,
-                                                                const OptionalTensor& weight,
-                                                                const OptionalTensor& bias, const Tensor& mean,
-                                                                const Tensor& rstd, double eps,
-                                                                std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
+    const Tensor& grad_output, const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, double eps, std::array<bool, 3> output_mask) {
   if (needs_formula(grad_output, input, weight) || requires_grad(grad_output, input, weight)) {
     return composite::layer_norm_backward(grad_output, input, normalized_shape, weight, bias, mean, rstd, eps,
                                           output_mask);

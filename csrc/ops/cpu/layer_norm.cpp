@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad_ou
                                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                                            const Tensor& mean, const Tensor& rstd, double eps,
                                                            std::array<bool, 3> output_mask) {
-  auto results = layer_norm_backward_meta(grad_output, input, normalized_shape, weight, bias, mean, rstd, eps,
-                                          output_mask);
+  auto results =
+      layer_norm_backward_meta(grad_output, input, normalized_shape, weight, bias, mean, rstd, eps, output_mask);
   const auto& [grad_input, grad_weight, grad_bias] = results;
   const auto row_dims = static_cast<int64_t>(normalized_shape.size());
   const auto counts = row_counts(input, row_dims);

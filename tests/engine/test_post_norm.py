@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnorm_ext._extension import ensure_loaded, extension
+from resnorm_ext.engine import post_norm
+from resnorm_ext.engine.linear import prepare_linear
+from resnorm_ext.engine.post_norm import Norm, PostNormLayer, encode
+
+DIM, HEADS, HIDDEN = 16, 2, 24
+LENGTHS = (3, 1, 0, 70, 5)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    ensure_loaded()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def torch_layers(count: int) -> list[nn.TransformerEncoderLayer]:
+    layers = [nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, activation="gelu", batch_first=True) for _ in range(count)]
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        parameter.normal_()
+    return layers
+
+
+def weights_of(layer: nn.TransformerEncoderLayer, activation="gelu") -> PostNormLayer:
+    attention = layer.self_attn
+    return PostNormLayer(
+        HEADS,
+        (DIM / HEADS) ** -0.5,
+        prepare_linear((attention.in_proj_weight, attention.in_proj_bias)),
+        prepare_linear((attention.out_proj.weight, attention.out_proj.bias)),
+        Norm(layer.norm1.weight, layer.norm1.bias, layer.norm1.eps),
+        prepare_linear((layer.linear1.weight, layer.linear1.bias)),
+        activation,
+        prepare_linear((layer.linear2.weight, layer.linear2.bias)),
+        Norm(layer.norm2.weight, layer.norm2.bias, layer.norm2.eps),
+    )
+
+
+def reference(layers, tokens: torch.Tensor, lengths) -> torch.Tensor:
+    """torch.nn's layers in float64, sequence by sequence."""
+    outputs = []
+    for x in tokens.double().split(list(lengths)):
+        for layer in layers:
+            x = layer.double().train(False)(x[None], src_mask=torch.zeros(len(x), len(x)).double())[0] if len(x) else x
+        outputs.append(x)
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("max_rows", [8, 2048])
+@pytest.mark.parametrize("activation", ["gelu", F.gelu])
+@pytest.mark.parametrize("backend", ["aten", "onednn"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (0, 0), (), (64,)])
+def test_encode(monkeypatch, lengths, backend, activation, max_rows):
+    if backend == "onednn" and not extension.onednn_supports(torch.float32):
+        pytest.skip("this PyTorch has no oneDNN linear")
+    for shape in ((DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)):
+        extension.set_linear_backend(torch.float32, *shape, backend)
+    monkeypatch.setattr(post_norm, "MAX_ROWS", max_rows)
+    layers = torch_layers(2)
+    tokens = torch.randn(sum(lengths), DIM)
+    before = tokens.clone()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    output = encode(tokens, cu_seqlens, [weights_of(layer, activation) for layer in layers])
+    assert torch.equal(tokens, before)
+    expected = reference(layers, tokens, lengths) if lengths else tokens.double()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_are_whole_sequences():
+    bounds = [0, 4, 4, 9, 30, 31, 35, 35]
+    assert list(post_norm._chunks(bounds, 10)) == [(0, 3), (3, 4), (4, 7)]
+    assert list(post_norm._chunks([0], 10)) == []
