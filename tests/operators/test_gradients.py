@@ -81,8 +81,8 @@ def test_float32_parameters_and_residual_stream_beside_half_precision(case, dtyp
 @pytest.mark.every_isa
 @given(
     case=st.sampled_from(CASES),
-    rows=st.integers(0, 9) | st.sampled_from([64, 65, 127, 1000]),
-    cols=st.integers(8, 70) | st.sampled_from([256, 511, 768, 1025]),
+    rows=st.integers(0, 9) | st.sampled_from([63, 64, 65, 131, 300]),
+    cols=st.integers(8, 70) | st.sampled_from([128, 255, 511]),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5),
 )

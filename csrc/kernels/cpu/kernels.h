@@ -3,8 +3,9 @@
 // torch, so the kernels compile in seconds and are tested alone.
 //
 // Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
-// accumulation and the column sums of a backward pass are float32, float64 where the data is float64 ("the
-// accumulation type" below). A null data pointer means that the operand is absent.
+// accumulation and the column sums of a backward pass are of the accumulation type: float64 where the sum (layer_norm's
+// input) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A null data pointer
+// means that the operand is absent.
 #pragma once
 
 #include <cstddef>

@@ -36,7 +36,9 @@ class RowBuffers {
       return static_cast<T*>(taken);
     }
     void* memory = ::operator new(kAlignment + bytes, std::align_val_t{kAlignment});
-    allocated_ = ::new (memory) Allocation{allocated_};
+    auto* allocation = static_cast<Allocation*>(memory);
+    allocation->next = allocated_;
+    allocated_ = allocation;
     return reinterpret_cast<T*>(static_cast<unsigned char*>(memory) + kAlignment);
   }
 

@@ -70,6 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad_ou
   const auto& [grad_input, grad_weight, grad_bias] = results;
   const auto row_dims = static_cast<int64_t>(normalized_shape.size());
   const auto counts = row_counts(input, row_dims);
+  if (counts.cols == 0) return results;  // all of them empty; the kernels take rows of at least one element
   const RowView grad_output_rows(grad_output, row_dims), input_rows(input, row_dims);
   const VectorView weight_view(weight);
   const int column_sums = output_mask[1] + output_mask[2];
