@@ -4,8 +4,8 @@
 //
 // Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
 // accumulation and the column sums of a backward pass are of the accumulation type: float64 where the sum (layer_norm's
-// input) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A null data pointer
-// means that the operand is absent.
+// input) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A null data
+// pointer means that the operand is absent.
 #pragma once
 
 #include <cstddef>
