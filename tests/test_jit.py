@@ -10,6 +10,8 @@ import pytest
 from tiny_project import Project
 
 LOAD = "from resnorm_ext import jit; print(jit.load().answer)"
+# A shell starts background jobs with Ctrl-C ignored, and so do their children: a test run may be such a job.
+HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
 def logging_compiler(directory: Path) -> Path:
@@ -74,7 +76,7 @@ def test_processes_that_start_together_compile_once(project: Project, tmp_path: 
 def test_loads_after_a_build_was_killed(project: Project, tmp_path: Path, how: signal.Signals):
     cxx = str(logging_compiler(tmp_path))
     (tmp_path / "hang").touch()
-    victim = project.start("-c", LOAD, CXX=cxx)
+    victim = project.start("-c", HEED_INTERRUPTS + LOAD, CXX=cxx)
     try:
         wait_for(lambda: compiled_units(tmp_path) == 1)
         os.kill(victim.pid, how)
