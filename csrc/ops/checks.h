@@ -34,7 +34,7 @@ void check_out(const char* name, const Tensor& out, c10::SymIntArrayRef shape, a
 // The dtype of residual + input: `residual_dtype` where given, else the promoted one.
 at::ScalarType sum_dtype(const Tensor& input, const Tensor& residual, std::optional<at::ScalarType> residual_dtype);
 
-// Statistics and accumulation: float64 where an operand is float64, else float32.
+// Statistics and accumulation: float64 where one of the operands named is float64, else float32.
 inline at::ScalarType accumulation_dtype(std::initializer_list<at::ScalarType> operands) {
   for (const auto dtype : operands) {
     if (dtype == at::kDouble) return at::kDouble;

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -94,6 +94,7 @@ def test_a_usual_size(case, dtype):
     dtypes=DTYPE_MIXES,
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5),
 )
+@settings(max_examples=4 * settings.default.max_examples)
 def test_any_shape_strides_and_dtypes(case, shape, dtypes, layouts):
     inputs, options = make(case, shape, dtypes)
     inputs = {name: lay_out(t, layout) for (name, t), layout in zip(inputs.items(), layouts, strict=False)}
@@ -112,6 +113,7 @@ def test_any_shape_strides_and_dtypes(case, shape, dtypes, layouts):
     dtypes=DTYPE_MIXES,
     layouts=st.lists(st.sampled_from(WRITABLE_LAYOUTS), min_size=2, max_size=2),
 )
+@settings(max_examples=4 * settings.default.max_examples)
 def test_out_of_any_strides_receives_the_same_bits_and_nothing_around_it_is_written(case, shape, dtypes, layouts):
     inputs, options = make(case, shape, dtypes)
     expected = case.ours(inputs, **options)
