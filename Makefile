@@ -46,6 +46,6 @@ $(VENV)/installed: $(wildcard requirements/*.txt)
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f) \
-		resnorm_ext/build_config.py resnorm_ext/_ninja.py resnorm_ext/_toolchain.py
+		resnorm_ext/build_config.py resnorm_ext/_build.py resnorm_ext/_library.py resnorm_ext/_toolchain.py
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	touch $@

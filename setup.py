@@ -23,31 +23,22 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 ROOT = Path(__file__).resolve().parent
 
 # The package's own build modules under another name: importing resnorm_ext itself would need what is being built.
-_build = types.ModuleType("resnorm_build")
-_build.__path__ = [str(ROOT / "resnorm_ext")]
-sys.modules["resnorm_build"] = _build
-from resnorm_build import _ninja, _toolchain, build_config  # noqa: E402
+_build_modules = types.ModuleType("resnorm_build")
+_build_modules.__path__ = [str(ROOT / "resnorm_ext")]
+sys.modules["resnorm_build"] = _build_modules
+from resnorm_build import _toolchain, build_config  # noqa: E402
 
+try:
+    from resnorm_build._build import BuildExtension
+except ImportError as error:
+    import_error = error
 
-class BuildExtension(build_ext):
-    """Hands the work to _ninja.build; its objects stay in build/, so that a second build compiles what changed."""
+    class BuildExtension(build_ext):
+        """Stands in where there is no torch, which a source distribution does not need."""
 
-    def run(self) -> None:
-        for extension in self.extensions:
-            self.build_extension(extension)
-
-    def build_extension(self, ext: Extension) -> None:
-        toolchain = _toolchain.detect()
-        info = _ninja.build_info(toolchain)
-        print(
-            f"resnorm_ext: building {toolchain.kernels}",
-            *(f"  {k}: {v}" for k, v in info.items()),
-            sep="\n",
-            flush=True,
-        )
-        directory = ROOT / "build" / f"{toolchain.local_version}-{_ninja.toolchain_key(toolchain)[:8]}"
-        output = Path(self.get_ext_fullpath(ext.name))
-        _ninja.build(toolchain, directory, output, lambda _finished, _total, line: print(line, flush=True))
+        def run(self) -> None:
+            _toolchain.detect()  # says what to type where torch is what is missing
+            raise import_error
 
 
 class BuildPython(build_py):

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from . import _toolchain, build_config
+from . import _library, _toolchain, build_config
 
 _PACKAGE = Path(__file__).resolve().parent
 _lock = threading.RLock()
@@ -98,7 +98,7 @@ def find_built() -> Path | None:
 
 def read_info(library: Path) -> dict:
     """The description written beside a library when its build was complete."""
-    path = library.with_suffix(".json")
+    path = _library.info_path(library)
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

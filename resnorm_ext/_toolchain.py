@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -42,8 +43,6 @@ class Toolchain:
 
     torch: str
     torch_cuda: str | None
-    torch_include: tuple[str, ...]
-    torch_libraries: tuple[str, ...]
     compiler: tuple[str, ...]
     compiler_version: str
     ninja: str
@@ -61,9 +60,8 @@ class Toolchain:
         return f"{what} ({self.cuda_reason})"
 
     @property
-    def host_compiler(self) -> str:
-        """The compiler itself, without a launcher before it or flags after it (``ccache g++ -pipe``)."""
-        return next(part for part in reversed(self.compiler) if not part.startswith("-"))
+    def key(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
     @property
     def local_version(self) -> str:
@@ -82,19 +80,17 @@ def detect(default_architectures: tuple[str, ...] = build_config.CUDA_ARCHITECTU
     """Finds everything that a build needs; raises BuildError naming what is missing."""
     try:
         import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise BuildError(
             f"building resnorm_ext needs the PyTorch that it will run with, and here it cannot be imported ({error}). "
             "pip hides it from builds by default; type: pip install --no-build-isolation ."
         ) from error
     compiler = find_compiler()
+    check_python_headers()
     toolkit, reason = find_cuda(str(torch.__version__), torch.version.cuda, default_architectures)
     return Toolchain(
         torch=str(torch.__version__),
         torch_cuda=torch.version.cuda,
-        torch_include=(*include_paths(), find_python_headers()),
-        torch_libraries=tuple(library_paths()),
         compiler=compiler,
         compiler_version=_output(*compiler, "--version").splitlines()[0],
         ninja=find_ninja(),
@@ -104,14 +100,12 @@ def detect(default_architectures: tuple[str, ...] = build_config.CUDA_ARCHITECTU
 
 
 def find_compiler() -> tuple[str, ...]:
-    """The C++ compiler's command: what CXX says, else c++ or g++."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
-    for candidate in candidates:
-        command = shlex.split(candidate)
-        if path := shutil.which(command[0]):
-            return (path, *command[1:])
+    """The C++ compiler's command, as torch.utils.cpp_extension takes it: what CXX says, else c++."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if path := shutil.which(command[0]):
+        return (path, *command[1:])
     raise BuildError(
-        f"no C++ compiler: looked for {' and '.join(candidates)} on PATH. "
+        f"no C++ compiler: looked for {command[0]} on PATH. "
         "Install one with C++20 (Debian, Ubuntu: apt install g++), or name it in CXX."
     )
 
@@ -127,11 +121,10 @@ def find_ninja() -> str:
     raise BuildError("no ninja: looked for the Python package and on PATH. Type: pip install ninja")
 
 
-def find_python_headers() -> str:
+def check_python_headers() -> None:
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").is_file():
         raise BuildError(f"no Python headers: looked for {include}/Python.h (Debian, Ubuntu: apt install python3-dev)")
-    return include
 
 
 def find_cuda(torch: str, torch_cuda: str | None, architectures: tuple[str, ...]) -> tuple[Toolkit | None, str]:
@@ -166,43 +159,7 @@ def cuda_architectures(default: tuple[str, ...], supported: list[str]) -> tuple[
     if not listed:
         usable = [architecture for architecture in default if architecture in supported] or supported[-1:]
         return (*usable[:-1], usable[-1] + "+PTX")
-    for entry in listed:
-        match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", entry)
-        if match is None or match[1] not in supported:
-            raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: expected architectures like 8.0, 9.0a or 12.0+PTX, of those that nvcc supports "
-                f"({' '.join(supported)}); got {entry!r}"
-            )
     return tuple(listed)
-
-
-def architecture_flags(architectures: tuple[str, ...]) -> list[str]:
-    """nvcc's -gencode flags: machine code for each architecture, PTX as well where it ends in ``+PTX``."""
-    flags = []
-    for architecture in architectures:
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if architecture.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def max_jobs() -> int:
-    """MAX_JOBS, else as many as the cores this process may use and free memory (2 GiB a compiler) allow."""
-    if jobs := os.environ.get("MAX_JOBS"):
-        return max(1, int(jobs))
-    limits = [len(os.sched_getaffinity(0)), _available_memory() // 2**31]
-    return max(1, min(limits))
-
-
-def _available_memory() -> int:
-    """Bytes free on this machine, or in this container where it has a limit of its own."""
-    meminfo = Path("/proc/meminfo").read_text()
-    available = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def _find_toolkit() -> tuple[Path | None, str]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from . import _extension, _ninja, _toolchain, build_config
+from . import _extension, _library, _toolchain, build_config
 
 
 def load(verbose: bool = False) -> ModuleType:
@@ -29,7 +32,7 @@ def load(verbose: bool = False) -> ModuleType:
     Raises BuildError where it cannot be compiled, and RuntimeError where this process has already loaded another one.
     """
     toolchain = _detect()
-    library = _library(toolchain)
+    library = _cached_library(toolchain)
     _extension.check_not_loaded_from_elsewhere(library)
     if not _is_complete(library):
         _compile(toolchain, library, verbose)
@@ -38,7 +41,7 @@ def load(verbose: bool = False) -> ModuleType:
 
 def find_cached() -> Path | None:
     """The library that load() would load without compiling anything."""
-    library = _library(_detect())
+    library = _cached_library(_detect())
     return library if _is_complete(library) else None
 
 
@@ -63,13 +66,13 @@ def visible_architectures() -> tuple[str, ...]:
     return tuple(sorted(set(listing.split()), key=_toolchain.architecture_order))
 
 
-def _library(toolchain: _toolchain.Toolchain) -> Path:
-    name = f"{build_config.VERSION}+{toolchain.local_version}-{_ninja.library_key(toolchain)[:16]}"
+def _cached_library(toolchain: _toolchain.Toolchain) -> Path:
+    name = f"{build_config.VERSION}+{toolchain.local_version}-{_library.key(toolchain)[:16]}"
     return cache_directory() / name / "_C.so"
 
 
 def _is_complete(library: Path) -> bool:
-    return library.is_file() and _ninja.info_path(library).is_file()
+    return library.is_file() and _library.info_path(library).is_file()
 
 
 def _compile(toolchain: _toolchain.Toolchain, library: Path, verbose: bool) -> None:
@@ -80,9 +83,43 @@ def _compile(toolchain: _toolchain.Toolchain, library: Path, verbose: bool) -> N
             return
         for abandoned in folder.parent.glob(f"{folder.name}.build-*"):  # by a process that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.build-", dir=folder.parent) as objects:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.build-", dir=folder.parent) as scratch:
             with _Progress(toolchain, verbose) as progress:
-                _ninja.build(toolchain, Path(objects), library, progress, verbose=verbose)
+                _run_build(toolchain, Path(scratch), progress)
+            (built,) = Path(scratch).glob("lib/*/_C*.so")
+            folder.mkdir(exist_ok=True)
+            built.replace(library)
+            _library.info_path(built).replace(_library.info_path(library))
+
+
+def _run_build(toolchain: _toolchain.Toolchain, directory: Path, progress: Callable[[str], None]) -> None:
+    """Compiles in a process of its own, because setuptools and PyTorch change the state of the one that they run in."""
+    command = [sys.executable, "-m", f"{__package__}._build", "--build-lib", "lib", "--build-temp", "objects"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    if toolchain.toolkit:
+        environment["TORCH_CUDA_ARCH_LIST"] = ";".join(toolchain.toolkit.architectures)
+    output = []
+    process = subprocess.Popen(
+        command,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that it can be stopped with its compilers
+    )
+    with process:
+        try:
+            for line in process.stdout:
+                output.append(line)
+                progress(line)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if process.returncode != 0:
+        raise _toolchain.BuildError(f"compiling resnorm_ext failed: {shlex.join(command)}\n{''.join(output)}")
 
 
 @contextlib.contextmanager
@@ -102,6 +139,8 @@ class _Progress:
     def __init__(self, toolchain: _toolchain.Toolchain, verbose: bool) -> None:
         self.toolchain, self.verbose = toolchain, verbose
         self.terminal = sys.stderr.isatty() and not verbose
+        cuda = toolchain.toolkit is not None
+        self.finished, self.total = 0, len(build_config.sources(cuda=cuda))
 
     def __enter__(self) -> _Progress:
         _say(
@@ -111,12 +150,13 @@ class _Progress:
         self.start = time.monotonic()
         return self
 
-    def __call__(self, finished: int, total: int, line: str) -> None:
+    def __call__(self, line: str) -> None:
+        self.finished += bool(re.match(r"\[\d+/\d+\] ", line))  # ninja's, one for each unit compiled
         if self.verbose:
-            print(line, file=sys.stderr, flush=True)
-        elif self.terminal and total:
+            print(line, end="", file=sys.stderr, flush=True)
+        elif self.terminal:
             elapsed = int(time.monotonic() - self.start)
-            print(f"\r\033[K[{finished}/{total}] {elapsed} s", end="", file=sys.stderr, flush=True)
+            print(f"\r\033[K[{self.finished}/{self.total}] {elapsed} s", end="", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.terminal:

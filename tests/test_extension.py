@@ -28,7 +28,7 @@ def test_no_compiler_and_no_extension(project: Project):
     result = project.run("-c", CALL, PATH="/nonexistent")
     error = result.stderr.splitlines()[-1]
     assert error.startswith("ImportError: resnorm_ext has no C++ extension: looked for")
-    assert "no C++ compiler: looked for c++ and g++ on PATH" in error and "apt install g++" in error
+    assert "no C++ compiler: looked for c++ on PATH" in error and "apt install g++" in error
 
 
 def test_compiles_at_first_use_where_nothing_is_built(project: Project):

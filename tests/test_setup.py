@@ -14,12 +14,12 @@ def test_in_place_build_describes_itself_and_compiles_only_what_changed(project:
     first = project.run("setup.py", "build_ext", "--inplace")
     assert first.returncode == 0, first.stderr
     assert "building CPU kernels alone (PyTorch 2.13.0+cpu is built without CUDA)" in first.stdout
-    assert "[1/2] python.cpp" in first.stdout and "cxx_flags" in first.stdout
+    assert "python.cpp" in first.stdout
     (library,) = project.package.glob("_C*.so")
     info = json.loads(library.with_suffix(".json").read_text())
     assert info["torch"] == "2.13.0+cpu" and info["cuda"] is None and "-O3" in info["cxx_flags"]
     second = project.run("setup.py", "build_ext", "--inplace")
-    assert "python.cpp" not in second.stdout
+    assert second.returncode == 0 and "ninja: no work to do" in second.stdout
     assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
 
 

@@ -33,25 +33,27 @@ PyMODINIT_FUNC PyInit__C() {
 
 
 # What the build and the loader ask of torch. Importing the real one would be most of these tests' time, and this one
-# can be of any version.
-_TORCH_STUB = """\
-import os
+# can be of any version. Its torch.utils.cpp_extension is the real one.
+_TORCH_STUB = f"""\
 from types import SimpleNamespace
 
-__version__ = os.environ["STUB_TORCH"]
-version = SimpleNamespace(cuda=os.environ.get("STUB_TORCH_CUDA"))
+from .version import __version__
+
+__path__.append({str(Path(torch.__file__).parent)!r})
 compiler = SimpleNamespace(assume_constant_result=lambda function: function)
-cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 0)
+cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 0, _is_compiled=lambda: False)
+xpu = SimpleNamespace(_is_compiled=lambda: False)
+backends = SimpleNamespace(mps=SimpleNamespace(is_built=lambda: False))
 get_num_threads = lambda: 1
 """
-_TORCH_UTILS_STUB = f"""\
-def include_paths():
-    return []
+_TORCH_VERSION_STUB = """\
+import os
 
-
-def library_paths():
-    return {[str(Path(torch.__file__).parent / "lib")]}
+__version__ = os.environ["STUB_TORCH"]
+cuda = os.environ.get("STUB_TORCH_CUDA")
+hip = None
 """
+_TORCH_UTILS_STUB = f"__path__.append({str(Path(torch.__file__).parent / 'utils')!r})"
 
 
 class Project:
@@ -73,12 +75,17 @@ class Project:
         self.stubs = root / "stubs"
         (self.stubs / "torch" / "utils").mkdir(parents=True)
         (self.stubs / "torch" / "__init__.py").write_text(_TORCH_STUB)
-        (self.stubs / "torch" / "utils" / "__init__.py").touch()
-        (self.stubs / "torch" / "utils" / "cpp_extension.py").write_text(_TORCH_UTILS_STUB)
+        (self.stubs / "torch" / "version.py").write_text(_TORCH_VERSION_STUB)
+        (self.stubs / "torch" / "utils" / "__init__.py").write_text(_TORCH_UTILS_STUB)
 
     def environment(self, **variables: str) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RESNORM_", "TORCH_", "CUDA_", "CXX"))}
-        own = {"RESNORM_CACHE_DIR": str(self.cache), "PYTHONPATH": str(self.stubs), "STUB_TORCH": "2.13.0+cpu"}
+        own = {
+            "RESNORM_CACHE_DIR": str(self.cache),
+            "PYTHONPATH": str(self.stubs),
+            "STUB_TORCH": "2.13.0+cpu",
+            "LDFLAGS": "-Wl,--as-needed",  # the stub does not load the libraries of the real torch
+        }
         return inherited | own | variables
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:

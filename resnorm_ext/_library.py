@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What tells one compiled library from another: its key, and the description that lies beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+
+from . import build_config
+from ._toolchain import Toolchain
+
+
+def key(toolchain: Toolchain) -> str:
+    """Names everything that decides what a library is."""
+    how = [Path(__file__).with_name(name).read_bytes() for name in ("build_config.py", "_build.py")]
+    flags = {name: os.environ.get(name) for name in ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
+    return hashlib.sha256(repr((build_config.source_hash(), how, flags, toolchain, _python_abi())).encode()).hexdigest()
+
+
+def info(toolchain: Toolchain) -> dict[str, object]:
+    """What a library was built for and with: read before it is loaded, because a wrong one can crash the process."""
+    toolkit = toolchain.toolkit
+    return {
+        "version": build_config.VERSION,
+        "built_for": toolchain.local_version,
+        "torch": toolchain.torch,
+        "torch_cuda": toolchain.torch_cuda,
+        "cuda": toolchain.cuda,
+        "cuda_reason": toolchain.cuda_reason,
+        "cuda_architectures": list(toolkit.architectures) if toolkit else [],
+        "python": _python_abi(),
+        "compiler": toolchain.compiler_version,
+        "cxx_flags": list(build_config.CXX_FLAGS),
+        "isa_flags": {Path(source).stem.removeprefix("isa_"): list(f) for source, f in build_config.ISA_FLAGS.items()},
+        "nvcc_flags": list(build_config.NVCC_FLAGS) if toolkit else [],
+        "sources": build_config.source_hash(),
+    }
+
+
+def info_path(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def _python_abi() -> str:
+    return sysconfig.get_config_var("SOABI")
