@@ -11,6 +11,7 @@
 #include "ops/add_layer_norm.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
+#include "ops/cpu/operands.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/layer_norm.h"
 #include "ops/linear.h"
@@ -45,6 +46,8 @@ std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64
   return name_of(linear_backend(dtype, in_features, out_features));
 }
 
+std::string cpu_isa() { return cpu_kernels().isa; }
+
 void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64_t out_features,
                                 const std::string& name) {
   set_linear_backend(dtype, in_features, out_features, parse_linear_backend(name));
@@ -73,6 +76,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
   m.def("build_info", resnorm::build_info);
-  m.def("cpu_isa", [] { return resnorm::cpu::kernels().isa; });
+  m.def("cpu_isa", torch::wrap_pybind_function(resnorm::cpu_isa));
   m.def("supported_cpu_isas", resnorm::cpu::supported_isas);
 }

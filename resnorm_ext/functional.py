@@ -33,7 +33,7 @@ def layer_norm(
     Args:
         input: ``(*, *normalized_shape)``.
         normalized_shape: the trailing dimensions that make up a row.
-        weight, bias: of ``normalized_shape``, in the input's dtype or float32.
+        weight, bias: of ``normalized_shape``, in the input's dtype; float32 too beside a half-precision input.
         eps: added to the variance.
         out: receives the result; may be ``input``. Not differentiable.
 
@@ -66,7 +66,7 @@ def residual_add(
 
     Args:
         input, residual: of one shape.
-        input_bias: of the last dimension, in the input's dtype or float32.
+        input_bias: of the last dimension, in a dtype as for :func:`layer_norm`'s weight.
         dropout_p: probability to drop an element, applied where ``training``; rounded to a multiple of 2**-16.
         seed: int64 scalar tensor on the input's device that fixes the dropout mask; drawn where None.
         residual_dtype: dtype of the result, else the promoted dtype of input and residual.
@@ -108,7 +108,7 @@ def add_layer_norm(
     Args:
         input, residual: ``(*, *normalized_shape)``.
         normalized_shape, weight, bias, eps: as for :func:`layer_norm`.
-        input_bias: of ``normalized_shape``, in the input's dtype or float32.
+        input_bias: of ``normalized_shape``, in a dtype as for the weight.
         dropout_p, training, seed: as for :func:`residual_add`.
         prenorm: return ``(y, s)``, as pre-norm layers need.
         residual_dtype: dtype of ``s``, else the promoted dtype of input and residual; float32 keeps a half-precision
@@ -141,7 +141,7 @@ def add_layer_norm(
             residual_dtype,
         )
         return (y, s) if prenorm else y
-    y_out, s_out = out if prenorm else (out, None)
+    y_out, s_out = _outputs(out, prenorm)
     ops.add_layer_norm_out(
         input,
         residual,
@@ -211,6 +211,17 @@ def _operators(*tensors: Tensor | None):
         ensure_loaded()
         return torch.ops.resnorm
     return extension
+
+
+def _outputs(out: object, prenorm: bool) -> tuple[Tensor, Tensor | None]:
+    """``add_layer_norm``'s ``out`` as (y, s)."""
+    if prenorm and not (isinstance(out, tuple | list) and len(out) == 2):
+        raise TypeError(f"expected out to be a pair (y, s), as prenorm=True returns, but got {type(out).__name__}")
+    y, s = out if prenorm else (out, None)
+    for tensor in (y, s) if prenorm else (y,):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected out to be a Tensor, but got {type(tensor).__name__}")
+    return y, s
 
 
 def _dropout(p: float, training: bool, seed: Tensor | None, input: Tensor) -> tuple[float, Tensor | None]:

@@ -100,13 +100,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_meta(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_meta(
     const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& sum, c10::SymIntArrayRef normalized_shape,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias, const Tensor& /*mean*/,
-    const Tensor& /*rstd*/, double /*eps*/, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias, const Tensor& mean,
+    const Tensor& rstd, double /*eps*/, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
     std::array<bool, 5> output_mask) {
   check_normalized_shape(sum, normalized_shape);
   check_dropout(dropout_p, seed, sum);
-  check_grad("grad_output", grad_output, sum.sym_sizes());
-  if (grad_sum.has_value()) check_grad("grad_sum", *grad_sum, sum.sym_sizes());
+  check_shape("grad_output", grad_output, sum.sym_sizes());
+  if (grad_sum.has_value()) check_shape("grad_sum", *grad_sum, sum.sym_sizes());
+  check_statistics(mean, rstd, sum, normalized_shape,
+                   accumulation_dtype({grad_output.scalar_type(), sum.scalar_type()}));
+  if (weight.has_value()) check_shape("weight", *weight, normalized_shape);
+  check_wanted("weight", output_mask[2], weight, normalized_shape);
+  check_wanted("bias", output_mask[3], bias, normalized_shape);
+  check_wanted("input_bias", output_mask[4], input_bias, normalized_shape);
   const auto sizes = sum.sym_sizes();
   return {output_mask[0] ? at::empty_symint(sizes, grad_output.options()) : unused_result(sum),
           output_mask[1] ? at::empty_symint(sizes, sum.options().dtype(residual_dtype)) : unused_result(sum),

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "checks.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
-
-#include <algorithm>
 
 #include "dropout.h"
 
@@ -17,44 +14,31 @@ void check_device(const char* name, const Tensor& tensor, at::Device expected) {
               " on ", tensor.device());
 }
 
-void check_dtype(const char* op, at::ScalarType dtype) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-      ": expected float32, float64, bfloat16 or float16, but got ", dtype);
-}
-
-// Whether the strides span `distance` (in elements) between two indices of a tensor of these sizes.
-bool spans(c10::IntArrayRef sizes, c10::IntArrayRef strides, int64_t distance) {
-  if (sizes.empty()) return distance == 0;
-  const auto inner_sizes = sizes.slice(1), inner_strides = strides.slice(1);
-  if (sizes[0] == 1) return spans(inner_sizes, inner_strides, distance);
-  int64_t reach = 0;  // of the inner dimensions
-  for (size_t dim = 0; dim < inner_sizes.size(); ++dim) reach += (inner_sizes[dim] - 1) * inner_strides[dim];
-  const auto first = std::max((distance - reach) / strides[0] - 1, 1 - sizes[0]);
-  const auto last = std::min((distance + reach) / strides[0] + 1, sizes[0] - 1);
-  for (auto steps = first; steps <= last; ++steps) {
-    if (spans(inner_sizes, inner_strides, distance - steps * strides[0])) return true;
-  }
-  return false;
-}
-
-// Whether two views of one memory with the same strides, as slices of a wider buffer are, share elements without being
-// the same. at::assert_no_partial_overlap sees that only in tensors without gaps.
-bool are_shifted(const Tensor& a, const Tensor& b) {
-  const auto distance = b.storage_offset() - a.storage_offset();
-  return distance != 0 && a.is_alias_of(b) && a.itemsize() == b.itemsize() && a.sizes() == b.sizes() &&
-         a.strides() == b.strides() && spans(a.sizes(), a.strides(), distance);
+// FakeTensor takes a meta kernel's NotImplementedError for the lack of one.
+void check_dtype(const char* op, at::ScalarType dtype, bool is_meta) {
+  if (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf) return;
+  const auto message = c10::str(op, ": expected float32, float64, bfloat16 or float16, but got ", dtype);
+  TORCH_CHECK(!is_meta, message);
+  TORCH_CHECK_NOT_IMPLEMENTED(false, message);
 }
 
 }  // namespace
 
-void check_floating(const char* op, const Tensor& input) { check_dtype(op, input.scalar_type()); }
+void check_floating(const char* op, const Tensor& input) {
+  TORCH_CHECK(input.layout() == at::kStrided && !input.is_nested(), op, ": expected a strided tensor, but got ",
+              input.is_nested() ? "a nested one" : c10::str("one of layout ", input.layout()));
+  check_dtype(op, input.scalar_type(), input.is_meta());
+}
+
+void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef shape) {
+  TORCH_CHECK(tensor.sym_sizes() == shape, "Expected ", name, " to be of shape ", shape, ", but got ", name,
+              " of shape ", tensor.sym_sizes());
+}
 
 void check_parameter(const char* name, const OptionalTensor& parameter, c10::SymIntArrayRef shape,
                      const Tensor& input) {
   if (!parameter.has_value()) return;
-  TORCH_CHECK(parameter->sym_sizes() == shape, "Expected ", name, " to be of shape ", shape, ", but got ", name,
-              " of shape ", parameter->sym_sizes());
+  check_shape(name, *parameter, shape);
   check_device(name, *parameter, input.device());
   const auto input_dtype = input.scalar_type(), dtype = parameter->scalar_type();
   const bool half = input_dtype == at::kBFloat16 || input_dtype == at::kHalf;
@@ -76,7 +60,7 @@ void check_normalized_shape(const Tensor& input, c10::SymIntArrayRef normalized_
 void check_residual(const char* op, const Tensor& input, const Tensor& residual,
                     std::optional<at::ScalarType> residual_dtype) {
   check_floating(op, residual);
-  if (residual_dtype.has_value()) check_dtype(op, *residual_dtype);
+  if (residual_dtype.has_value()) check_dtype(op, *residual_dtype, input.is_meta());
   TORCH_CHECK(input.sym_sizes() == residual.sym_sizes(), "Expected residual of the input's shape ", input.sym_sizes(),
               ", but got residual of shape ", residual.sym_sizes());
   check_device("residual", residual, input.device());
@@ -95,8 +79,7 @@ void check_dropout(double dropout_p, const OptionalTensor& seed, const Tensor& i
 
 void check_out(const char* name, const Tensor& out, c10::SymIntArrayRef shape, at::ScalarType dtype,
                at::Device device) {
-  TORCH_CHECK(out.sym_sizes() == shape, "Expected ", name, " of shape ", shape, ", but got ", name, " of shape ",
-              out.sym_sizes());
+  check_shape(name, out, shape);
   TORCH_CHECK(out.scalar_type() == dtype, "Expected ", name, " of dtype ", dtype, ", but got ", name, " of ",
               out.scalar_type());
   check_device(name, out, device);
@@ -107,24 +90,17 @@ at::ScalarType sum_dtype(const Tensor& input, const Tensor& residual, std::optio
   return residual_dtype.value_or(c10::promoteTypes(input.scalar_type(), residual.scalar_type()));
 }
 
-void check_grad(const char* name, const Tensor& grad, c10::SymIntArrayRef shape) {
-  TORCH_CHECK(grad.sym_sizes() == shape, "Expected ", name, " of shape ", shape, ", but got ", name, " of shape ",
-              grad.sym_sizes());
+void check_statistics(const Tensor& mean, const Tensor& rstd, const Tensor& input, c10::SymIntArrayRef normalized_shape,
+                      at::ScalarType accumulation) {
+  const auto rows = input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
+  check_out("mean", mean, rows, accumulation, input.device());
+  check_out("rstd", rstd, rows, accumulation, input.device());
 }
 
-void check_overlap(const Tensor& written, std::initializer_list<Tensor> whole,
-                   std::initializer_list<OptionalTensor> apart) {
-  at::assert_no_internal_overlap(written);
-  for (const auto& tensor : whole) {
-    at::assert_no_partial_overlap(written, tensor);
-    TORCH_CHECK(
-        !are_shifted(written, tensor), "unsupported operation: some elements of an argument and the written-to ",
-        "tensor refer to a single memory location, but not all do. Please clone() the tensor before performing ",
-        "the operation.");
-  }
-  for (const auto& tensor : apart) {
-    if (tensor.has_value()) at::assert_no_overlap(written, *tensor);
-  }
+void check_wanted(const char* name, bool wanted, const OptionalTensor& parameter, c10::SymIntArrayRef shape) {
+  if (!wanted) return;
+  TORCH_CHECK(parameter.has_value(), "Expected ", name, " where its gradient is wanted, but got None");
+  check_shape(name, *parameter, shape);
 }
 
 std::pair<Tensor, Tensor> empty_statistics(const Tensor& input, c10::SymIntArrayRef normalized_shape,

@@ -42,13 +42,14 @@ inline at::ScalarType accumulation_dtype(std::initializer_list<at::ScalarType> o
   return at::kFloat;
 }
 
-// A gradient that arrives must have its value's shape.
-void check_grad(const char* name, const Tensor& grad, c10::SymIntArrayRef shape);
+void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef shape);
 
-// A tensor that is written may be one of `whole` (the same elements, in place) but must not overlap one in part, itself
-// included, and must not touch `apart`.
-void check_overlap(const Tensor& written, std::initializer_list<Tensor> whole,
-                   std::initializer_list<OptionalTensor> apart);
+// Statistics that arrive must be as empty_statistics makes them.
+void check_statistics(const Tensor& mean, const Tensor& rstd, const Tensor& input, c10::SymIntArrayRef normalized_shape,
+                      at::ScalarType accumulation);
+
+// A gradient can be wanted only of a parameter that is there, and that has the shape it must have.
+void check_wanted(const char* name, bool wanted, const OptionalTensor& parameter, c10::SymIntArrayRef shape);
 
 // (mean, rstd), one of each a row.
 std::pair<Tensor, Tensor> empty_statistics(const Tensor& input, c10::SymIntArrayRef normalized_shape,

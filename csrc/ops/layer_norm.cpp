@@ -71,10 +71,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_meta(const Tensor& input, 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_meta(const Tensor& grad_output, const Tensor& input,
                                                             c10::SymIntArrayRef normalized_shape,
                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                            const Tensor& /*mean*/, const Tensor& /*rstd*/,
-                                                            double /*eps*/, std::array<bool, 3> output_mask) {
+                                                            const Tensor& mean, const Tensor& rstd, double /*eps*/,
+                                                            std::array<bool, 3> output_mask) {
   check_layer_norm(input, normalized_shape, weight, bias);
-  check_grad("grad_output", grad_output, input.sym_sizes());
+  check_shape("grad_output", grad_output, input.sym_sizes());
+  check_statistics(mean, rstd, input, normalized_shape, accumulation_dtype({input.scalar_type()}));
+  check_wanted("weight", output_mask[1], weight, normalized_shape);
+  check_wanted("bias", output_mask[2], bias, normalized_shape);
   return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : unused_result(input),
           empty_gradient_like(weight, output_mask[1], input), empty_gradient_like(bias, output_mask[2], input)};
 }

@@ -57,7 +57,7 @@ Tensor packed_attention_backward_meta(const Tensor& grad_output, const Tensor& q
                                       std::optional<c10::SymInt> max_seqlen, std::optional<double> /*scale*/,
                                       bool /*causal*/) {
   check_packed_attention(qkv, cu_seqlens, max_seqlen);
-  check_grad("grad_output", grad_output, c10::SymDimVector{qkv.sym_size(0), qkv.sym_size(2), qkv.sym_size(3)});
+  check_shape("grad_output", grad_output, c10::SymDimVector{qkv.sym_size(0), qkv.sym_size(2), qkv.sym_size(3)});
   return at::empty_symint(qkv.sym_sizes(), qkv.options());
 }
 

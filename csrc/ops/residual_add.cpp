@@ -4,18 +4,33 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "operator_handle.h"
 
 namespace resnorm {
 
 namespace {
 
+// The last dimension makes up a row; a zero-dimensional tensor is one row of one element.
+c10::SymIntArrayRef row_shape(const Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes();
+  return sizes.slice(sizes.empty() ? 0 : sizes.size() - 1);
+}
+
+// What add_layer_norm's input_bias, whose backward pass this is too, must have: as many of the last dimensions as it
+// has.
+c10::SymIntArrayRef trailing_shape(const Tensor& tensor, const OptionalTensor& input_bias) {
+  const auto sizes = tensor.sym_sizes();
+  const auto dims = input_bias.has_value() ? static_cast<size_t>(input_bias->dim()) : 0;
+  return sizes.slice(sizes.size() - std::min(dims, sizes.size()));
+}
+
 void check_residual_add(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
                         const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype) {
   check_floating("residual_add", input);
   check_residual("residual_add", input, residual, residual_dtype);
-  const auto sizes = input.sym_sizes();
-  check_parameter("input_bias", input_bias, input.dim() == 0 ? sizes : sizes.slice(sizes.size() - 1), input);
+  check_parameter("input_bias", input_bias, row_shape(input), input);
   check_dropout(dropout_p, seed, input);
 }
 
@@ -57,6 +72,7 @@ std::tuple<Tensor, Tensor> residual_add_backward_meta(const Tensor& grad_output,
                                                       double dropout_p, const OptionalTensor& seed,
                                                       at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
   check_dropout(dropout_p, seed, grad_output);
+  check_wanted("input_bias", output_mask[1], input_bias, trailing_shape(grad_output, input_bias));
   return {output_mask[0] ? at::empty_symint(grad_output.sym_sizes(), grad_output.options().dtype(input_dtype))
                          : unused_result(grad_output),
           empty_gradient_like(input_bias, output_mask[1], grad_output)};

@@ -85,7 +85,9 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None]) -> PreparedLinear:
 def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], backend: str) -> PreparedLinear:
     weights, biases = zip(*parameters, strict=True)
     weight = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-    bias = biases[0] if len(biases) == 1 or biases[0] is None else torch.cat([bias.detach() for bias in biases])
+    bias = biases[0]
+    if bias is not None:  # detached, because a parameter that is held here would never go
+        bias = bias.detach() if len(biases) == 1 else torch.cat([bias.detach() for bias in biases])
     if backend == "onednn":
         weight = extension.onednn_pack_weight(weight)
     return PreparedLinear(weight, bias, backend == "onednn")
@@ -125,13 +127,13 @@ _MEASUREMENTS = 5
 def _faster_backend(shapes: Iterable[LinearShape]) -> str:
     """By the mean of the logarithms of the ratio of their times."""
     log_ratio = 0.0
-    generator = torch.Generator()  # the caller's random numbers stay as they are
+    generator = torch.Generator("cpu")  # the caller's random numbers stay as they are
     for dtype, in_features, out_features in shapes:
-        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
-        bias = torch.zeros(out_features, dtype=dtype)
+        weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(dtype)
+        bias = torch.zeros(out_features, dtype=dtype, device="cpu")
         packed = extension.onednn_pack_weight(weight)
         for rows in _MEASURED_ROWS:
-            x = torch.randn(rows, in_features, generator=generator).to(dtype)
+            x = torch.randn(rows, in_features, generator=generator, device="cpu").to(dtype)
             aten, onednn = _shortest_times(
                 partial(torch.nn.functional.linear, x, weight, bias),
                 partial(extension.onednn_linear, x, packed, bias, "none"),

@@ -97,6 +97,12 @@ class TestOperator:
         output = functional.linear(x, weight, bias, activation="gelu", residual=residual)
         torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("bias", [torch.randn(OUT, 2)[:, 0], torch.ones(1).expand(OUT), torch.randn(OUT).flip(0)])
+    def test_strides_of_the_bias(self, backend, bias):
+        x, weight, _, _ = operands(64)
+        torch.testing.assert_close(functional.linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prepare_linear((weight, bias))(x), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
     def test_nothing_is_written_and_nothing_is_shared(self, backend):
         arguments = operands(64)
         before = [tensor.clone() for tensor in arguments]
@@ -253,6 +259,19 @@ class TestPreparedLinear:
         layer.weight.data.mul_(3.0)
         assert layer.weight._version == version
         self.check(layer)
+
+    def test_forgetting_makes_up_for_a_write_through_part_of_data(self, layer):
+        self.check(layer)
+        layer.weight.data[3] = 9.0
+        forget_linears(layer.parameters())
+        self.check(layer)
+
+    def test_an_old_bias_is_not_kept(self, layer):
+        before = len(engine._entries)
+        for _ in range(3):
+            layer.bias = nn.Parameter(torch.randn(OUT))
+            self.check(layer)
+        assert len(engine._entries) <= before + 1
 
     def test_new_data_at_an_old_address(self, layer):
         """What was freed may be handed out again: same address, same version, other values."""

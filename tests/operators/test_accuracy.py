@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from resnorm_ext.functional import layer_norm
+from resnorm_ext.functional import add_layer_norm, layer_norm
 
 from .cases import ADD_LAYER_NORM, FULL_CASES, HALVES, LAYER_NORM, RESIDUAL_ADD, Case, eps_of, require_grad, to_double
 
@@ -128,3 +129,35 @@ def test_float64_keeps_its_digits():
     centered = x - x.mean(-1, keepdims=True)
     expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
     assert np.abs(layer_norm(input, (501,)).numpy() - expected).max() < 1e-14
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_is_differentiated_again_and_transformed_is_as_accurate_far_from_zero(adds):
+    """These take the formula in torch's operators, which corrects the mean as the kernels do."""
+    x = torch.randn(8, 768) + 1e6
+    weight = torch.randn(768)
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if adds:
+            return add_layer_norm(x, torch.zeros_like(x), (768,), weight)
+        return layer_norm(x, (768,), weight)
+
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = torch.nn.functional.layer_norm(exact_x, (768,), exact_weight)
+    torch.testing.assert_close(vmap(function, (0, None))(x, weight).double(), exact, rtol=0, atol=1e-5)
+    grad = torch.randn(8, 768)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    gradients = torch.autograd.grad(function(*leaves), leaves, grad, create_graph=True)
+    exact_gradients = torch.autograd.grad(exact, (exact_x, exact_weight), grad.double())
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64, None), (torch.float32, torch.float64, torch.float32)]
+)
+def test_the_norm_does_not_depend_on_whether_the_sum_is_stored(dtypes):
+    dtype, residual, residual_dtype = dtypes
+    x, r = torch.randn(4, 768, dtype=dtype), torch.randn(4, 768, dtype=residual) + 1e6
+    y, _ = add_layer_norm(x, r, (768,), prenorm=True, residual_dtype=residual_dtype)
+    assert torch.equal(add_layer_norm(x, r, (768,), residual_dtype=residual_dtype), y)

@@ -120,3 +120,30 @@ def test_add_layer_norm_forward_and_backward(dtypes, residual_dtype):
     backward = composite("_add_layer_norm_backward", *call)
     for actual, expected in zip(backward, native("_add_layer_norm_backward", *call), strict=True):
         assert_close(actual, expected, s.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_alias_nothing_and_have_the_strides_that_were_promised(dtype):
+    """Else Inductor, which plans memory by the meta kernels, overwrites what it still needs."""
+    x, r, grad = (torch.randn(8, 6, dtype=dtype).t() for _ in range(3))
+    weight = bias = torch.ones(8, dtype=dtype)
+    _, mean, rstd = native("_layer_norm_forward", x, [8], weight, bias, 1e-5)
+    calls = {
+        "layer_norm": (x, [8], None, None, 1e-5),
+        "_layer_norm_backward": (grad[0], x[0], [8], weight, bias, mean[0], rstd[0], 1e-5, [True] * 3),
+        "residual_add": (x, r, None, 0.0, None, None),
+        "_residual_add_backward": (grad, None, 0.0, None, dtype, [True, False]),
+        "add_layer_norm": (x, r, [8], None, None, 1e-5, None, 0.0, None, True, None),
+        "_add_layer_norm_backward": (
+            *(grad, None, x, [8], weight, bias, bias, mean, rstd, 1e-5, 0.0, None, dtype, [True] * 5),
+        ),
+    }
+    for name, call in calls.items():
+        meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in call]
+        results = as_tuple(composite(name, *call))
+        assert [r.stride() for r in results] == [r.stride() for r in as_tuple(native(name, *meta))], name
+        storages = [
+            r.untyped_storage().data_ptr() for r in (*results, *call) if isinstance(r, torch.Tensor) and r.numel()
+        ]
+        ours = storages[: sum(r.numel() > 0 for r in results)]
+        assert len({*ours}) == len(ours) and not {*ours} & {*storages[len(ours) :]}, name

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnorm_ext import functional
 from resnorm_ext.functional import add_layer_norm, layer_norm, residual_add
@@ -189,11 +190,19 @@ class TestOut:
         assert not out.any()
 
     def test_a_single_tensor_for_two_results(self):
-        assert type(error_of(lambda: add_layer_norm(X, R, (8,), prenorm=True, out=torch.empty(2, 3, 8)))) in (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        )
+        error = error_of(lambda: add_layer_norm(X, R, (8,), prenorm=True, out=torch.empty(2, 3, 8)))
+        assert type(error) is TypeError and "(y, s)" in str(error) and "Tensor" in str(error)
+
+    def test_two_tensors_for_one_result(self):
+        error = error_of(lambda: add_layer_norm(X, R, (8,), out=(torch.empty(2, 3, 8), torch.empty(2, 3, 8))))
+        assert type(error) is TypeError and "Tensor" in str(error) and "tuple" in str(error)
+
+    def test_an_inference_tensor_is_not_written(self):
+        with torch.inference_mode():
+            out = torch.zeros(2, 3, 8)
+        for call in (lambda: layer_norm(X, (8,), out=out), lambda: add_layer_norm(X, R, (8,), out=out)):
+            assert "inference tensor" in str(error_of(call))
+            assert not out.any()
 
 
 @pytest.mark.parametrize(
@@ -225,10 +234,49 @@ def test_lists_and_sizes_are_normalized_shapes_as_in_torch():
         torch.testing.assert_close(layer_norm(X, shape), expected)
 
 
-def test_incoming_gradients_of_the_wrong_shape_at_the_dispatchers_door():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_other_dtypes_while_a_call_is_traced(dtype):
+    with FakeTensorMode():
+        x = torch.ones(2, 8, dtype=dtype)
+        for call in (lambda: layer_norm(x, (8,)), lambda: residual_add(x, x), lambda: add_layer_norm(x, x, (8,))):
+            error = error_of(call)
+            assert type(error) is RuntimeError and "expected float32, float64" in str(error)
+
+
+MEAN, BIAS = torch.zeros(2, 3), torch.zeros(8)
+LAYER_NORM = {"grad_output": X, "input": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
+LAYER_NORM |= {"mean": MEAN, "rstd": MEAN, "eps": 1e-5, "output_mask": [True] * 3}
+RESIDUAL_ADD = {"grad_output": X, "input_bias": BIAS, "dropout_p": 0.0, "seed": None, "input_dtype": torch.float32}
+RESIDUAL_ADD |= {"output_mask": [True] * 2}
+ADD_LAYER_NORM = {"grad_output": X, "grad_sum": X, "sum": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
+ADD_LAYER_NORM |= {"input_bias": BIAS, "mean": MEAN, "rstd": MEAN, "eps": 1e-5, "dropout_p": 0.0, "seed": None}
+ADD_LAYER_NORM |= {"residual_dtype": torch.float32, "output_mask": [True] * 5}
+BACKWARD = {"_layer_norm": LAYER_NORM, "_residual_add": RESIDUAL_ADD, "_add_layer_norm": ADD_LAYER_NORM}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize(
+    ("operator", "change", "expected", "got"),
+    [
+        (operator, change, expected, got)
+        for change, expected, got in [
+            ({"grad_output": X[:1]}, "[2, 3, 8]", "[1, 3, 8]"),
+            ({"mean": MEAN[:1]}, "[2, 3]", "[1, 3]"),
+            ({"rstd": MEAN.double()}, "Float", "Double"),
+            ({"weight": V[:7]}, "[8]", "[7]"),
+            ({"weight": None}, "weight", "None"),
+            ({"bias": None}, "bias", "None"),
+            ({"input_bias": None}, "input_bias", "None"),
+            ({"input_bias": BIAS[:1]}, "[8]", "[1]"),
+            ({"dropout_p": 0.5}, "seed", "None"),
+        ]
+        for operator, arguments in BACKWARD.items()
+        if arguments.keys() >= change.keys() and not (operator == "_residual_add" and "grad_output" in change)
+    ],
+)
+def test_bad_arguments_of_backward_at_the_dispatchers_door(operator, change, expected, got, requires_grad):
     functional.ensure_loaded()
-    mean = torch.randn(2, 3)
-    error = error_of(
-        lambda: torch.ops.resnorm._layer_norm_backward(X[:1], X, [8], None, None, mean, mean, 1e-5, [True] * 3)
-    )
-    assert type(error) is RuntimeError and "[1, 3, 8]" in str(error) and "[2, 3, 8]" in str(error)
+    arguments = BACKWARD[operator] | change
+    arguments["grad_output"] = arguments["grad_output"].detach().requires_grad_(requires_grad)
+    error = error_of(lambda: getattr(torch.ops.resnorm, operator + "_backward")(**arguments))
+    assert type(error) is RuntimeError and expected in str(error) and got in str(error)

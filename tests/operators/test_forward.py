@@ -51,13 +51,19 @@ def empty_results(case: Case, inputs, options, layouts) -> list[tuple[Tensor, Te
     ]
 
 
-def check(case: Case, inputs, results, *, normalized_dims: int, **_options) -> None:
+def check(
+    case: Case, inputs, results, *, normalized_dims: int, residual_dtype: torch.dtype | None = None, **_options
+) -> None:
     """Each result is the formula's but for its dtype's rounding and a few roundings of the accumulation."""
     exact = to_double(inputs)
     absent = torch.zeros((), dtype=torch.float64)
     weight, bias = exact.pop("weight", absent + 1), exact.pop("bias", absent)
-    sum_type = [inputs["residual"].dtype] if case.adds and "s" not in case.outputs else []
-    eps = eps_of(accumulation(inputs["input"].dtype, *sum_type, *(result.dtype for result in results)))
+    dtypes = [inputs["input"].dtype]
+    if case.adds:  # the sum's, stored or not; to sum up counts each operand's, to normalise the sum's alone
+        dtypes.append(residual_dtype or torch.promote_types(dtypes[0], inputs["residual"].dtype))
+    if not case.normalizes:
+        dtypes.append(inputs["residual"].dtype)
+    eps = eps_of(accumulation(*dtypes))
     s, error_of_s = exact["input"], torch.zeros_like(exact["input"])
     if case.adds:
         (s,) = Case("residual_add", dropout_p=case.dropout_p).reference(exact)

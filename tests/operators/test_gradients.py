@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from resnorm_ext.functional import add_layer_norm, residual_add
+
 from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, Inputs, eps_of, require_grad, to_double
 from .layouts import LAYOUTS, lay_out
 
@@ -128,22 +130,38 @@ def test_each_subset_of_tensors_that_require_grad(case):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("used", ["y", "s", "y and s", "s added to y"])
+@pytest.mark.parametrize("used", ["y", "s", "y and s", "y times s"])
 def test_outputs_that_nobody_uses(used, dropout_p):
     case = Case("add_layer_norm", ("weight", "bias", "input_bias"), dropout_p, prenorm=True)
     choose = {
         "y": lambda y, s: y,
         "s": lambda y, s: s,
         "y and s": lambda y, s: torch.cat([y, s]),
-        "s added to y": lambda y, s: y * s,
+        "y times s": lambda y, s: y * s,
     }[used]
     inputs = case.make_inputs((4, 9), torch.float64)
     leaves, exact = require_grad(inputs), require_grad(inputs)
     choose(*case.ours(leaves)).square().sum().backward()
     choose(*case.reference(exact)).square().sum().backward()
     for name, leaf in leaves.items():
-        expected = exact[name].grad
-        torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf) if expected is None else expected)
+        torch.testing.assert_close(leaf.grad, exact[name].grad)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_an_unused_norm_does_not_spoil_the_sum(eps):
+    """Its derivative is infinite at an Inf and in a constant row, and a gradient of zero times that is NaN."""
+    x, r = torch.zeros(2, 8, requires_grad=True), torch.zeros(2, 8)
+    r[0, 3] = torch.inf
+    _, s = add_layer_norm(x, r.requires_grad_(), (8,), eps=eps, prenorm=True)
+    for gradient in torch.autograd.grad(s.sum(), (x, r)):
+        assert torch.equal(gradient, torch.ones(2, 8))
+
+
+def test_residual_add_hands_its_gradient_on():
+    x, r = torch.randn(2, 3, 4, requires_grad=True).unbind()
+    grad = torch.randn(3, 4)
+    for gradient in torch.autograd.grad(residual_add(x, r), (x, r), grad):
+        assert gradient.data_ptr() == grad.data_ptr()
 
 
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)

@@ -133,6 +133,49 @@ class TestOverlap:
         expected = torch.nn.functional.layer_norm(input, (8,))
         torch.testing.assert_close(layer_norm(input, (8,), out=out), expected)
 
+    @pytest.mark.parametrize(
+        ("input", "out"),
+        [
+            (lambda m: m.view(-1)[:40].view(5, 8), lambda m: m[:, :8]),  # different strides
+            (lambda m: m[:, :8], lambda m: m.view(-1)[7:47].view(5, 8)),
+            (lambda m: m.view(torch.bfloat16)[:, :8], lambda m: m[:, :8]),  # different dtypes
+            (lambda m: m[:1, :8].expand(5, 8), lambda m: m[:, 4:12]),  # a row for all
+        ],
+    )
+    def test_layouts_of_one_buffer_that_share_an_element(self, input, out):
+        memory = torch.randn(5, 20)
+        with pytest.raises(RuntimeError, match="memory location"):
+            residual_add(input(memory), torch.randn(5, 8), residual_dtype=torch.float32, out=out(memory))
+
+    @pytest.mark.parametrize(
+        ("input", "out"),
+        [
+            (lambda m: m[:, 8:16], lambda m: m[:, :8]),
+            (lambda m: m[0, 8:16].expand(5, 8), lambda m: m[:, :8]),  # a row in the other's gaps
+            (lambda m: m[:, ::2][:, :8], lambda m: m[:, 1::2][:, :8]),  # interleaved
+            (lambda m: m.view(torch.bfloat16)[:, 16:24], lambda m: m[:, :8]),
+            (lambda m: m[:0, :8].expand(0, 8), lambda m: m[1:2, :8].expand(0, 8)),  # nothing at all
+        ],
+    )
+    def test_layouts_of_one_buffer_that_share_nothing(self, input, out):
+        memory = torch.randn(5, 20)
+        input, out = input(memory), out(memory)
+        residual = torch.randn(out.shape)
+        expected = residual + input.clone()
+        assert torch.equal(residual_add(input, residual, residual_dtype=torch.float32, out=out), expected)
+
+    def test_results_that_share_a_buffer(self):
+        buffer = torch.zeros(5, 20)
+        for s in (buffer[:, 4:12], buffer[:, :8].as_strided((5, 8), (8, 1)), buffer[:1, :8].expand(5, 8)):
+            with pytest.raises(RuntimeError, match=r"memory location|more than one element"):
+                add_layer_norm(torch.randn(5, 8), torch.randn(5, 8), (8,), prenorm=True, out=(buffer[:, :8], s))
+
+    def test_sizes_of_one_may_have_any_stride(self):
+        x = torch.randn(8)
+        row = x.as_strided((1, 8), (99, 1))
+        expected = torch.nn.functional.layer_norm(row.clone(), (8,))
+        torch.testing.assert_close(layer_norm(row, (8,), out=x.as_strided((1, 8), (8, 1))), expected)
+
     def test_an_out_whose_rows_are_one(self):
         for call in self.calls(torch.randn(5, 8), torch.randn(5, 8), torch.zeros(8).expand(5, 8)):
             with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):

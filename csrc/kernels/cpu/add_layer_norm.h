@@ -49,8 +49,7 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
 }
 
 inline void add_layer_norm_forward(const AddLayerNormForward& a, ParallelFor parallel_for) {
-  // The residual's type counts where it is the sum's, which is not stored.
-  const bool float64 = any_float64(a.sum, a.output) || (a.sum.data == nullptr && any_float64(a.residual));
+  const bool float64 = a.sum.dtype == DType::kFloat64 || a.output.dtype == DType::kFloat64;
   auto* range =
       float64 ? add_layer_norm_rows<double, double, double, double> : add_layer_norm_rows<float, float, float, float>;
   if constexpr (kHasHalfLoops) {

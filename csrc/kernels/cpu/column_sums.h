@@ -65,7 +65,7 @@ class ColumnSums {
   }
 
   static void add_row(Acc* to, const Acc* from, std::int64_t cols) {
-    for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    for_each_vector<Acc, kUnroll>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
       (Vec<Acc>::load(to + i, lanes) + Vec<Acc>::load(from + i, lanes)).store(to + i, lanes);
     });
   }
@@ -82,7 +82,7 @@ class ColumnSums {
     });
   }
 
-  static constexpr int kSlots = 4;
+  static constexpr int kUnroll = 4;
   static constexpr std::int64_t kRowsPerBatch = 64;
 
   std::int64_t cols_, blocks_;

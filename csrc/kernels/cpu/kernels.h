@@ -4,8 +4,8 @@
 //
 // Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
 // accumulation and the column sums of a backward pass are of the accumulation type: float64 where the sum (layer_norm's
-// input) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A null data
-// pointer means that the operand is absent.
+// input; stored or not) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A
+// null data pointer means that the operand is absent.
 #pragma once
 
 #include <cstddef>
@@ -69,7 +69,8 @@ struct LayerNormBackward {
 };
 
 // sum = residual + dropout(input + input_bias); output = layer_norm(sum), taken from the unrounded sum.
-// `sum` may be `residual`, `output` may be `input`.
+// `sum` may be `residual`, `output` may be `input`. A sum that is not stored still has a dtype, which counts for the
+// accumulation type.
 struct AddLayerNormForward {
   std::int64_t rows, cols;
   ConstRows input, residual;

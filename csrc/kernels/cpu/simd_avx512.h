@@ -35,15 +35,18 @@ RESNORM_INLINE void store16(void* to, __m256i value, FirstLanes lanes) {
 
 RESNORM_INLINE __m256i to_bfloat16(__m512 value) {
 #if defined(__AVX512BF16__)
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-#else
+  // The instruction takes subnormal numbers for 0.
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(value, kSubnormal) == 0) [[likely]] {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+  }
+#endif
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i quieted = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted, 16));
-#endif
 }
 
 template <>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../add_layer_norm.h"
 
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "../composite/add_layer_norm.h"
 #include "../dropout.h"
+#include "residual_add.h"
 #include "transforms.h"
 
 namespace resnorm {
@@ -45,10 +45,12 @@ class AddLayerNormFunction : public torch::autograd::Function<AddLayerNormFuncti
     const auto dropout_p = context->saved_data["dropout_p"].toDouble();
     const auto input_dtype = context->saved_data["input_dtype"].toScalarType();
     const auto residual_dtype = context->saved_data["residual_dtype"].toScalarType();
-    const auto grad_output =
-        grads[0].defined() ? grads[0] : at::zeros_symint(sum.sym_sizes(), sum.options().dtype(input_dtype));
     const auto wanted =
         wanted_gradients<5>(*context, {true, true, weight.has_value(), bias.has_value(), input_bias.has_value()});
+    if (!grads[0].defined()) {
+      if (!grads[1].defined()) return by_argument({}, {}, {}, {}, {});
+      return backward_of_sum(grads[1], input_bias, dropout_p, seed, input_dtype, residual_dtype, wanted);
+    }
 
     // Without dropout the two gradients are one tensor: write it once and hand it out twice.
     const bool shared = dropout_threshold(dropout_p) == 0 && input_dtype == residual_dtype;
@@ -58,19 +60,36 @@ class AddLayerNormFunction : public torch::autograd::Function<AddLayerNormFuncti
       mask[1] = wanted[0] || wanted[1];
     }
     const auto [grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias] = add_layer_norm_backward(
-        grad_output, saved_optional(grads[1]), sum, context->saved_data["normalized_shape"].toSymIntVector(), weight,
-        bias, input_bias, saved[4], saved[5], context->saved_data["eps"].toDouble(), dropout_p, seed, residual_dtype,
-        mask);
-    return {if_wanted(wanted[0], shared ? grad_residual : grad_input),
-            if_wanted(wanted[1], grad_residual),
-            Tensor(),
-            if_wanted(wanted[2], grad_weight),
-            if_wanted(wanted[3], grad_bias),
-            Tensor(),
-            if_wanted(wanted[4], grad_input_bias),
-            Tensor(),
-            Tensor(),
-            Tensor()};
+        grads[0], saved_optional(grads[1]), sum, context->saved_data["normalized_shape"].toSymIntVector(), weight, bias,
+        input_bias, saved[4], saved[5], context->saved_data["eps"].toDouble(), dropout_p, seed, residual_dtype, mask);
+    return by_argument(if_wanted(wanted[0], shared ? grad_residual : grad_input), if_wanted(wanted[1], grad_residual),
+                       if_wanted(wanted[2], grad_weight), if_wanted(wanted[3], grad_bias),
+                       if_wanted(wanted[4], grad_input_bias));
+  }
+
+ private:
+  // Where only the sum was used: through an unused norm even a zero gradient would turn into NaN at an Inf.
+  static variable_list backward_of_sum(const Tensor& grad_sum, const OptionalTensor& input_bias, double dropout_p,
+                                       const OptionalTensor& seed, at::ScalarType input_dtype,
+                                       at::ScalarType residual_dtype, const std::array<bool, 5>& wanted) {
+    const auto [grad_input, grad_residual, grad_input_bias] = residual_add_gradients(
+        grad_sum, input_bias, dropout_p, seed, input_dtype, residual_dtype, {wanted[0], wanted[1], wanted[4]});
+    return by_argument(grad_input, grad_residual, {}, {}, grad_input_bias);
+  }
+
+  // In the order of forward's arguments.
+  static variable_list by_argument(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                                   const Tensor& bias, const Tensor& input_bias) {
+    return {input,
+            residual,
+            /*normalized_shape=*/Tensor(),
+            weight,
+            bias,
+            /*eps=*/Tensor(),
+            input_bias,
+            /*dropout_p=*/Tensor(),
+            /*seed=*/Tensor(),
+            /*residual_dtype=*/Tensor()};
   }
 };
 
@@ -122,13 +141,12 @@ void add_layer_norm_out_inplace(const Tensor& input, const Tensor& residual, c10
                                 const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                 const OptionalTensor& input_bias, double dropout_p, const OptionalTensor& seed,
                                 std::optional<at::ScalarType> residual_dtype, Tensor output, OptionalTensor sum) {
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    add_layer_norm_out(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p, seed,
-                       residual_dtype, output, sum);
-  }
+  // First, because it refuses tensors that may not be written.
   torch::autograd::increment_version(output);
   if (sum.has_value()) torch::autograd::increment_version(*sum);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  add_layer_norm_out(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p, seed, residual_dtype,
+                     output, sum);
 }
 
 }  // namespace

@@ -70,11 +70,10 @@ void layer_norm_out_autograd(const Tensor& input, c10::SymIntArrayRef normalized
 
 void layer_norm_out_inplace(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, Tensor output) {
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    layer_norm_out(input, normalized_shape, weight, bias, eps, output);
-  }
+  // First, because it refuses tensors that may not be written.
   torch::autograd::increment_version(output);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  layer_norm_out(input, normalized_shape, weight, bias, eps, output);
 }
 
 }  // namespace

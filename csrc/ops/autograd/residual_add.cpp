@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "../residual_add.h"
+#include "residual_add.h"
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "../composite/residual_add.h"
+#include "../dropout.h"
+#include "../residual_add.h"
 #include "transforms.h"
 
 namespace resnorm {
@@ -33,18 +35,10 @@ class ResidualAddFunction : public torch::autograd::Function<ResidualAddFunction
     const auto dropout_p = context->saved_data["dropout_p"].toDouble();
     const auto input_dtype = context->saved_data["input_dtype"].toScalarType();
     const auto residual_dtype = context->saved_data["residual_dtype"].toScalarType();
-    const auto wanted = wanted_gradients<3>(*context, {true, true, input_bias.has_value()});
-    Tensor grad_input, grad_input_bias;
-    if (wanted[0] || wanted[2]) {
-      std::tie(grad_input, grad_input_bias) =
-          residual_add_backward(grads[0], input_bias, dropout_p, seed, input_dtype, {wanted[0], wanted[2]});
-    }
-    return {if_wanted(wanted[0], grad_input),
-            wanted[1] ? grads[0].to(residual_dtype) : Tensor(),
-            if_wanted(wanted[2], grad_input_bias),
-            Tensor(),
-            Tensor(),
-            Tensor()};
+    const auto [grad_input, grad_residual, grad_input_bias] =
+        residual_add_gradients(grads[0], input_bias, dropout_p, seed, input_dtype, residual_dtype,
+                               wanted_gradients<3>(*context, {true, true, input_bias.has_value()}));
+    return {grad_input, grad_residual, grad_input_bias, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -82,14 +76,28 @@ void residual_add_out_autograd(const Tensor& input, const Tensor& residual, cons
 void residual_add_out_inplace(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias,
                               double dropout_p, const OptionalTensor& seed,
                               std::optional<at::ScalarType> residual_dtype, Tensor output) {
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    residual_add_out(input, residual, input_bias, dropout_p, seed, residual_dtype, output);
-  }
+  // First, because it refuses tensors that may not be written.
   torch::autograd::increment_version(output);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  residual_add_out(input, residual, input_bias, dropout_p, seed, residual_dtype, output);
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> residual_add_gradients(const Tensor& grad_output, const OptionalTensor& input_bias,
+                                                          double dropout_p, const OptionalTensor& seed,
+                                                          at::ScalarType input_dtype, at::ScalarType residual_dtype,
+                                                          const std::array<bool, 3>& wanted) {
+  // Without dropout the input's gradient is the output's: handed out, not copied.
+  const bool passes = dropout_threshold(dropout_p) == 0 && input_dtype == grad_output.scalar_type();
+  Tensor grad_input, grad_input_bias;
+  if ((wanted[0] && !passes) || wanted[2]) {
+    std::tie(grad_input, grad_input_bias) =
+        residual_add_backward(grad_output, input_bias, dropout_p, seed, input_dtype, {wanted[0] && !passes, wanted[2]});
+  }
+  return {if_wanted(wanted[0], passes ? grad_output : grad_input),
+          wanted[1] ? grad_output.to(residual_dtype) : Tensor(), if_wanted(wanted[2], grad_input_bias)};
+}
 
 TORCH_LIBRARY_IMPL(resnorm, Autograd, m) {
   m.impl("residual_add", residual_add_autograd);

@@ -4,7 +4,9 @@
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
+#include "../overlap.h"
 #include "layer_norm.h"
+#include "materialized.h"
 #include "philox.h"
 #include "residual_add.h"
 
@@ -54,8 +56,10 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& res
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& sum, c10::SymIntArrayRef normalized_shape,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& input_bias, const Tensor& mean,
-    const Tensor& /*rstd*/, double eps, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
+    const Tensor& rstd, double eps, double dropout_p, const OptionalTensor& seed, at::ScalarType residual_dtype,
     std::array<bool, 5> output_mask) {
+  add_layer_norm_backward_meta(grad_output, grad_sum, sum, normalized_shape, weight, bias, input_bias, mean, rstd, eps,
+                               dropout_p, seed, residual_dtype, output_mask);
   const auto accumulation = mean.scalar_type();
   const auto gradients =
       normalize_backward(grad_output.to(accumulation), sum.to(accumulation), normalized_shape, weight, eps);
@@ -72,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {
-  m.impl("add_layer_norm", add_layer_norm);
+  m.impl("add_layer_norm", Materialized<add_layer_norm_meta, add_layer_norm>::kernel);
   m.impl("add_layer_norm_out", add_layer_norm_out);
-  m.impl("_add_layer_norm_forward", add_layer_norm_forward);
-  m.impl("_add_layer_norm_backward", add_layer_norm_backward);
+  m.impl("_add_layer_norm_forward", Materialized<add_layer_norm_forward_meta, add_layer_norm_forward>::kernel);
+  m.impl("_add_layer_norm_backward", Materialized<add_layer_norm_backward_meta, add_layer_norm_backward>::kernel);
 }
 
 TORCH_LIBRARY_IMPL(resnorm, FuncTorchBatched, m) {

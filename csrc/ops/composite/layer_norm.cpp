@@ -2,20 +2,14 @@
 #include "layer_norm.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/native_layer_norm.h>
 #include <torch/library.h>
 
-#include "../autograd/transforms.h"
+#include "../overlap.h"
+#include "materialized.h"
 
 namespace resnorm::composite {
 
 namespace {
-
-// Whether somebody may differentiate the operators called here. Then at::native_layer_norm will not do: under
-// torch.func its second derivatives are wrong.
-bool may_be_differentiated() {
-  return in_transform() || !c10::impl::tls_is_dispatch_keyset_excluded(c10::autograd_dispatch_keyset);
-}
 
 // (input - mean) * rstd, and the statistics with the row's dimensions kept.
 struct NormalizedRows {
@@ -29,8 +23,10 @@ Tensor row_mean(const Tensor& tensor, size_t row_dims) {
 }
 
 NormalizedRows normalize_rows(const Tensor& input, size_t row_dims, double eps) {
-  const auto mean = row_mean(input, row_dims);
-  const auto centered = input - mean;
+  const auto rounded_mean = row_mean(input, row_dims);
+  const auto deviations = input - rounded_mean;
+  const auto delta = row_mean(deviations, row_dims);  // what rounding left in the mean
+  const auto mean = rounded_mean + delta, centered = deviations - delta;
   const auto rstd = (row_mean(centered.square(), row_dims) + eps).rsqrt();
   return {centered * rstd, mean, rstd};
 }
@@ -61,8 +57,9 @@ Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, con
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
                                                        c10::SymIntArrayRef normalized_shape,
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                       const Tensor& /*mean*/, const Tensor& /*rstd*/, double eps,
+                                                       const Tensor& mean, const Tensor& rstd, double eps,
                                                        std::array<bool, 3> output_mask) {
+  layer_norm_backward_meta(grad_output, input, normalized_shape, weight, bias, mean, rstd, eps, output_mask);
   const auto dtype = input.scalar_type(), accumulation = accumulation_dtype({dtype});
   const auto gradients =
       normalize_backward(grad_output.to(accumulation), input.to(accumulation), normalized_shape, weight, eps);
@@ -78,11 +75,6 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, c10::SymIntArr
     return parameter.has_value() ? OptionalTensor(parameter->to(input.scalar_type())) : std::nullopt;
   };
   const auto rows = input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
-  if (!may_be_differentiated()) {
-    auto [output, mean, rstd] =
-        at::native_layer_norm_symint(input, normalized_shape, convert(weight), convert(bias), eps);
-    return {std::move(output), mean.reshape_symint(rows), rstd.reshape_symint(rows)};
-  }
   auto [output, mean, rstd] = normalize_rows(input, normalized_shape.size(), eps);
   if (weight.has_value()) output = output * *convert(weight);
   if (bias.has_value()) output = output + *convert(bias);
@@ -105,10 +97,10 @@ Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dt
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {
-  m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm", Materialized<layer_norm_meta, layer_norm>::kernel);
   m.impl("layer_norm_out", layer_norm_out);
-  m.impl("_layer_norm_forward", layer_norm_forward);
-  m.impl("_layer_norm_backward", layer_norm_backward);
+  m.impl("_layer_norm_forward", Materialized<layer_norm_forward_meta, layer_norm_forward>::kernel);
+  m.impl("_layer_norm_backward", Materialized<layer_norm_backward_meta, layer_norm_backward>::kernel);
 }
 
 TORCH_LIBRARY_IMPL(resnorm, FuncTorchBatched, m) {

@@ -4,7 +4,9 @@
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
+#include "../overlap.h"
 #include "layer_norm.h"
+#include "materialized.h"
 #include "philox.h"
 
 namespace resnorm::composite {
@@ -38,6 +40,7 @@ Tensor residual_add(const Tensor& input, const Tensor& residual, const OptionalT
 std::tuple<Tensor, Tensor> residual_add_backward(const Tensor& grad_output, const OptionalTensor& input_bias,
                                                  double dropout_p, const OptionalTensor& seed,
                                                  at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
+  residual_add_backward_meta(grad_output, input_bias, dropout_p, seed, input_dtype, output_mask);
   const auto accumulation = accumulation_dtype({grad_output.scalar_type(), input_dtype});
   const auto grad_input = dropout(grad_output.to(accumulation), dropout_p, seed);
   return {requested_gradient(output_mask[0], grad_input, input_dtype, grad_output),
@@ -46,9 +49,9 @@ std::tuple<Tensor, Tensor> residual_add_backward(const Tensor& grad_output, cons
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {
-  m.impl("residual_add", residual_add);
+  m.impl("residual_add", Materialized<residual_add_meta, residual_add>::kernel);
   m.impl("residual_add_out", residual_add_out);
-  m.impl("_residual_add_backward", residual_add_backward);
+  m.impl("_residual_add_backward", Materialized<residual_add_backward_meta, residual_add_backward>::kernel);
 }
 
 TORCH_LIBRARY_IMPL(resnorm, FuncTorchBatched, m) {

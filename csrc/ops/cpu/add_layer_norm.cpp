@@ -3,7 +3,7 @@
 
 #include <torch/library.h>
 
-#include "../../kernels/cpu/dispatch.h"
+#include "../overlap.h"
 #include "operands.h"
 
 namespace resnorm {
@@ -19,30 +19,34 @@ struct Parameters {
 };
 
 struct Results {
-  cpu::Rows output, sum;
+  cpu::Rows output, sum;  // a sum that is not stored has its dtype alone
   void* mean = nullptr;
   void* rstd = nullptr;
 };
+
+cpu::Rows unstored_sum(const Tensor& input, const Tensor& residual, std::optional<at::ScalarType> residual_dtype) {
+  return {.dtype = kernel_dtype(sum_dtype(input, residual, residual_dtype))};
+}
 
 void run_forward(const Tensor& input, const Tensor& residual, int64_t row_dims, const Parameters& parameters,
                  const Results& results) {
   const auto counts = row_counts(input, row_dims);
   const RowView input_rows(input, row_dims), residual_rows(residual, row_dims);
   const VectorView weight(parameters.weight), bias(parameters.bias), input_bias(parameters.input_bias);
-  cpu::kernels().add_layer_norm_forward({.rows = counts.rows,
-                                         .cols = counts.cols,
-                                         .input = input_rows.const_rows(),
-                                         .residual = residual_rows.const_rows(),
-                                         .input_bias = input_bias.const_vector(),
-                                         .weight = weight.const_vector(),
-                                         .bias = bias.const_vector(),
-                                         .dropout = kernel_dropout(parameters.dropout_p, parameters.seed),
-                                         .eps = parameters.eps,
-                                         .output = results.output,
-                                         .sum = results.sum,
-                                         .mean = results.mean,
-                                         .rstd = results.rstd},
-                                        parallel_for);
+  cpu_kernels().add_layer_norm_forward({.rows = counts.rows,
+                                        .cols = counts.cols,
+                                        .input = input_rows.const_rows(),
+                                        .residual = residual_rows.const_rows(),
+                                        .input_bias = input_bias.const_vector(),
+                                        .weight = weight.const_vector(),
+                                        .bias = bias.const_vector(),
+                                        .dropout = kernel_dropout(parameters.dropout_p, parameters.seed),
+                                        .eps = parameters.eps,
+                                        .output = results.output,
+                                        .sum = results.sum,
+                                        .mean = results.mean,
+                                        .rstd = results.rstd},
+                                       parallel_for);
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm_cpu(const Tensor& input, const Tensor& residual,
@@ -56,8 +60,9 @@ std::tuple<Tensor, Tensor> add_layer_norm_cpu(const Tensor& input, const Tensor&
   if (output.numel() == 0) return results;
   const auto row_dims = static_cast<int64_t>(normalized_shape.size());
   const auto cols = row_counts(output, row_dims).cols;
+  const auto sum_rows = prenorm ? result_rows(sum, cols, true) : unstored_sum(input, residual, residual_dtype);
   run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
-              {.output = result_rows(output, cols, true), .sum = result_rows(sum, cols, prenorm)});
+              {.output = result_rows(output, cols, true), .sum = sum_rows});
   return results;
 }
 
@@ -75,7 +80,8 @@ void add_layer_norm_out_cpu(const Tensor& input, const Tensor& residual, c10::Sy
   std::optional<OutputRows> sum_rows;
   if (sum.has_value()) sum_rows.emplace(*sum, row_dims);
   run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
-              {.output = output_rows.rows(), .sum = sum_rows.has_value() ? sum_rows->rows() : cpu::Rows{}});
+              {.output = output_rows.rows(),
+               .sum = sum_rows.has_value() ? sum_rows->rows() : unstored_sum(input, residual, residual_dtype)});
   output_rows.commit();
   if (sum_rows.has_value()) sum_rows->commit();
 }
@@ -112,18 +118,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   const RowView grad_output_rows(grad_output, row_dims), sum_rows(sum, row_dims);
   std::optional<RowView> grad_sum_rows;
   if (grad_sum.has_value()) grad_sum_rows.emplace(*grad_sum, row_dims);
-  const VectorView weight_view(weight);
+  const VectorView weight_view(weight), mean_view(mean), rstd_view(rstd);
   const int column_sums = output_mask[2] + output_mask[3] + output_mask[4];
   const auto workspace = backward_workspace(counts, column_sums, mean.scalar_type());
-  cpu::kernels().add_layer_norm_backward(
+  cpu_kernels().add_layer_norm_backward(
       {.rows = counts.rows,
        .cols = counts.cols,
        .grad_output = grad_output_rows.const_rows(),
        .grad_sum = grad_sum_rows.has_value() ? grad_sum_rows->const_rows() : cpu::ConstRows{},
        .sum = sum_rows.const_rows(),
        .weight = weight_view.const_vector(),
-       .mean = mean.const_data_ptr(),
-       .rstd = rstd.const_data_ptr(),
+       .mean = mean_view.const_vector().data,
+       .rstd = rstd_view.const_vector().data,
        .dropout = kernel_dropout(dropout_p, seed),
        .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
        .grad_residual = result_rows(grad_residual, counts.cols, output_mask[1]),

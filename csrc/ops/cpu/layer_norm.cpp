@@ -3,7 +3,7 @@
 
 #include <torch/library.h>
 
-#include "../../kernels/cpu/dispatch.h"
+#include "../overlap.h"
 #include "operands.h"
 
 namespace resnorm {
@@ -15,16 +15,16 @@ void run_forward(const Tensor& input, int64_t row_dims, const OptionalTensor& we
   const auto counts = row_counts(input, row_dims);
   const RowView input_rows(input, row_dims);
   const VectorView weight_view(weight), bias_view(bias);
-  cpu::kernels().layer_norm_forward({.rows = counts.rows,
-                                     .cols = counts.cols,
-                                     .input = input_rows.const_rows(),
-                                     .weight = weight_view.const_vector(),
-                                     .bias = bias_view.const_vector(),
-                                     .eps = eps,
-                                     .output = output,
-                                     .mean = mean,
-                                     .rstd = rstd},
-                                    parallel_for);
+  cpu_kernels().layer_norm_forward({.rows = counts.rows,
+                                    .cols = counts.cols,
+                                    .input = input_rows.const_rows(),
+                                    .weight = weight_view.const_vector(),
+                                    .bias = bias_view.const_vector(),
+                                    .eps = eps,
+                                    .output = output,
+                                    .mean = mean,
+                                    .rstd = rstd},
+                                   parallel_for);
 }
 
 Tensor layer_norm_cpu(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -72,21 +72,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad_ou
   const auto counts = row_counts(input, row_dims);
   if (counts.cols == 0) return results;  // all of them empty; the kernels take rows of at least one element
   const RowView grad_output_rows(grad_output, row_dims), input_rows(input, row_dims);
-  const VectorView weight_view(weight);
+  const VectorView weight_view(weight), mean_view(mean), rstd_view(rstd);
   const int column_sums = output_mask[1] + output_mask[2];
   const auto workspace = backward_workspace(counts, column_sums, mean.scalar_type());
-  cpu::kernels().layer_norm_backward({.rows = counts.rows,
-                                      .cols = counts.cols,
-                                      .grad_output = grad_output_rows.const_rows(),
-                                      .input = input_rows.const_rows(),
-                                      .weight = weight_view.const_vector(),
-                                      .mean = mean.const_data_ptr(),
-                                      .rstd = rstd.const_data_ptr(),
-                                      .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
-                                      .grad_weight = result_vector(grad_weight, output_mask[1]),
-                                      .grad_bias = result_vector(grad_bias, output_mask[2]),
-                                      .workspace = workspace.mutable_data_ptr()},
-                                     parallel_for);
+  cpu_kernels().layer_norm_backward({.rows = counts.rows,
+                                     .cols = counts.cols,
+                                     .grad_output = grad_output_rows.const_rows(),
+                                     .input = input_rows.const_rows(),
+                                     .weight = weight_view.const_vector(),
+                                     .mean = mean_view.const_vector().data,
+                                     .rstd = rstd_view.const_vector().data,
+                                     .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
+                                     .grad_weight = result_vector(grad_weight, output_mask[1]),
+                                     .grad_bias = result_vector(grad_bias, output_mask[2]),
+                                     .workspace = workspace.mutable_data_ptr()},
+                                    parallel_for);
   return results;
 }
 

@@ -130,11 +130,12 @@ Tensor pack_weight(const Tensor& weight) { return operators().pack->call(weight.
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
               const OptionalTensor& residual) {
   const auto matrix = input.reshape({-1, input.size(-1)}).contiguous();
+  const auto vector = bias.has_value() ? OptionalTensor(bias->contiguous()) : std::nullopt;
   const auto matrix_residual =
       residual.has_value() ? OptionalTensor(residual->reshape({-1, residual->size(-1)})) : std::nullopt;
   const auto rows = matrix.size(0);
   const bool whole = rows == padded_rows(rows) && rows == next_piece(rows, input.scalar_type());
-  auto output = (whole ? linear_in_one_piece : linear_in_pieces)(matrix, weight, bias, activation, matrix_residual);
+  auto output = (whole ? linear_in_one_piece : linear_in_pieces)(matrix, weight, vector, activation, matrix_residual);
   if (input.dim() == 2) return output;
   auto sizes = input.sizes().vec();
   sizes.back() = output.size(-1);

@@ -3,7 +3,7 @@
 
 #include <torch/library.h>
 
-#include "../../kernels/cpu/dispatch.h"
+#include "../overlap.h"
 #include "operands.h"
 
 namespace resnorm {
@@ -19,14 +19,14 @@ void run_forward(const Tensor& input, const Tensor& residual, const OptionalTens
   const auto counts = row_counts(input, row_dims);
   const RowView input_rows(input, row_dims), residual_rows(residual, row_dims);
   const VectorView input_bias_view(input_bias);
-  cpu::kernels().residual_add_forward({.rows = counts.rows,
-                                       .cols = counts.cols,
-                                       .input = input_rows.const_rows(),
-                                       .residual = residual_rows.const_rows(),
-                                       .input_bias = input_bias_view.const_vector(),
-                                       .dropout = kernel_dropout(dropout_p, seed),
-                                       .output = output},
-                                      parallel_for);
+  cpu_kernels().residual_add_forward({.rows = counts.rows,
+                                      .cols = counts.cols,
+                                      .input = input_rows.const_rows(),
+                                      .residual = residual_rows.const_rows(),
+                                      .input_bias = input_bias_view.const_vector(),
+                                      .dropout = kernel_dropout(dropout_p, seed),
+                                      .output = output},
+                                     parallel_for);
 }
 
 Tensor residual_add_cpu(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
@@ -54,20 +54,20 @@ std::tuple<Tensor, Tensor> residual_add_backward_cpu(const Tensor& grad_output, 
                                                      at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
   auto results = residual_add_backward_meta(grad_output, input_bias, dropout_p, seed, input_dtype, output_mask);
   const auto& [grad_input, grad_input_bias] = results;
-  const auto row_dims = row_dims_of(grad_output);
+  const auto row_dims = input_bias.has_value() ? input_bias->dim() : row_dims_of(grad_output);
   const auto counts = row_counts(grad_output, row_dims);
   if (counts.cols == 0) return results;  // all of them empty; the kernels take rows of at least one element
   const RowView grad_output_rows(grad_output, row_dims);
   const auto workspace =
       backward_workspace(counts, output_mask[1], accumulation_dtype({grad_output.scalar_type(), input_dtype}));
-  cpu::kernels().residual_add_backward({.rows = counts.rows,
-                                        .cols = counts.cols,
-                                        .grad_output = grad_output_rows.const_rows(),
-                                        .dropout = kernel_dropout(dropout_p, seed),
-                                        .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
-                                        .grad_input_bias = result_vector(grad_input_bias, output_mask[1]),
-                                        .workspace = workspace.mutable_data_ptr()},
-                                       parallel_for);
+  cpu_kernels().residual_add_backward({.rows = counts.rows,
+                                       .cols = counts.cols,
+                                       .grad_output = grad_output_rows.const_rows(),
+                                       .dropout = kernel_dropout(dropout_p, seed),
+                                       .grad_input = result_rows(grad_input, counts.cols, output_mask[0]),
+                                       .grad_input_bias = result_vector(grad_input_bias, output_mask[1]),
+                                       .workspace = workspace.mutable_data_ptr()},
+                                      parallel_for);
   return results;
 }
 
