@@ -6,8 +6,9 @@ what was replaced. ``functional`` holds the operators, the modules below have to
 """
 
 from . import functional
+from ._extension import load_if_built
 from .build_config import VERSION as __version__
-from .integrations import accelerate, report, restore
+from .integrations import accelerate, refresh, report, restore
 from .modules import AddLayerNorm, FeedForward, LayerNorm, SelfAttention, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "functional",
+    "refresh",
     "report",
     "restore",
 ]
+
+load_if_built()

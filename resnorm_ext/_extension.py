@@ -53,6 +53,17 @@ def load_extension() -> ModuleType:
             ) from error
 
 
+def load_if_built() -> None:
+    """Loads what is built, so that an import is enough for programs that hold torch.ops.resnorm's operators: exported
+    ones. Where something stands against it the first call will say what."""
+    try:
+        if jit_choice() != "1" and (library := find_built()) is not None:
+            check_built(library)
+            load_library(library)
+    except (ImportError, RuntimeError, ValueError):
+        pass
+
+
 @torch.compiler.assume_constant_result
 def ensure_loaded() -> None:
     """Loads the extension; in code that torch.compile traces, while it traces."""

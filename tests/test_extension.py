@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_project import Project, installed
@@ -113,10 +114,20 @@ def test_unknown_cpu_isa():
     assert error.startswith("ValueError") and "RESNORM_CPU_ISA" in error and "mmx" in error and "scalar" in error
 
 
-def test_loads_while_torch_compile_traces():
+@pytest.mark.smoke
+def test_import_registers_the_operators():
+    assert run_real("import resnorm_ext, torch; torch.ops.resnorm.layer_norm.default").returncode == 0
+
+
+def test_loads_while_torch_compile_traces(tmp_path: Path):
     code = """
-import torch
-from resnorm_ext import _extension
+import shutil, torch
+from resnorm_ext import _extension, _library, jit
+
+cached, built = jit._cached_library(jit._detect()), _extension.find_built()
+cached.parent.mkdir(parents=True)
+shutil.copy(built, cached)
+shutil.copy(_library.info_path(built), _library.info_path(cached))
 
 @torch.compile(fullgraph=True, backend="eager")
 def normalize(x):
@@ -128,5 +139,5 @@ x = torch.randn(4, 8)
 torch.testing.assert_close(normalize(x), torch.nn.functional.layer_norm(x, [8]))
 assert _extension.loaded() is not None
 """
-    result = run_real(code)
+    result = run_real(code, RESNORM_JIT="1", RESNORM_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
