@@ -18,7 +18,10 @@ def main(arguments: list[str]) -> int:
     commands = "\n".join(f"{name}: {purpose}" for name, purpose in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=commands)
     command = parser.parse_args(arguments[:1]).command
-    return importlib.import_module(f".{command}", __package__).main(arguments[1:])
+    try:
+        return importlib.import_module(f".{command}", __package__).main(arguments[1:])
+    except KeyboardInterrupt:
+        return 130  # as a shell says that Ctrl-C ended it
 
 
 if __name__ == "__main__":

@@ -45,11 +45,17 @@ def extension() -> dict[str, object]:
 
 
 def kernels() -> dict[str, object]:
-    """Instruction sets whose kernels can run here, and the one whose kernels do."""
+    """Instruction sets whose kernels can run here, the one whose kernels do, and what multiplies in linear layers."""
     if _find() is None:
         return {"in_use": None}
     module = _extension.load_extension()
-    return {"cpu_isas": module.supported_cpu_isas(), "in_use": module.cpu_isa(), "compiled": module.build_info()}
+    backends = ["aten", *(["onednn"] if module.onednn_supports(torch.float32) else [])]
+    return {
+        "cpu_isas": module.supported_cpu_isas(),
+        "in_use": module.cpu_isa(),
+        "linear": module.linear_backend_override() or f"the fastest of {', '.join(backends)}, measured at first use",
+        "compiled": module.build_info(),
+    }
 
 
 def cpu() -> dict[str, object]:
@@ -92,7 +98,8 @@ def main(arguments: list[str]) -> int:
             if entries:
                 print(f"\n{part}")
             for key, value in entries.items():
-                print(f"  {key.replace('_', ' ') + ':':<20} {_readable(value)}")
+                label = key if key.isupper() else key.replace("_", " ")
+                print(f"  {label + ':':<20} {_readable(value)}")
     return 0
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,14 +35,12 @@ def main(arguments: list[str]) -> int:
     try:
         texts = standard_library_texts() if options.text is None else read_texts(options.text)
         folder = options.model or bundled_model()
+        transformers_logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        original = AutoModel.from_pretrained(folder, dtype=_DTYPES[options.dtype], local_files_only=True).eval()
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"resnorm_ext demo: {error}", file=sys.stderr)
         return 1
-
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model lies on this machine's disk
-    transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    original = AutoModel.from_pretrained(folder, dtype=_DTYPES[options.dtype]).eval()
     accelerated = accelerate(copy.deepcopy(original))
 
     console = Console()
@@ -78,7 +75,7 @@ def main(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m resnorm_ext demo", description=sys.modules[__package__].__doc__)
     parser.add_argument("--text", type=Path, help="a text file, one text a paragraph (default: Python's own docs)")
-    parser.add_argument("--query", default=_DEFAULT_QUERY, help="find the texts most similar to this")
+    parser.add_argument("--query", type=_text, default=_DEFAULT_QUERY, help="find the texts most similar to this")
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face BERT (default: MiniLM, from its package)")
     parser.add_argument("--batch-size", type=_positive, default=32)
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
@@ -86,9 +83,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _positive(value: str) -> int:
-    if (number := int(value)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, but got {number}")
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, but got {value!r}")
+    return int(value)
+
+
+def _text(value: str) -> str:
+    if not value.isprintable():  # bytes that the terminal's encoding does not know arrive as lone surrogates
+        raise argparse.ArgumentTypeError(f"expected printable text, but got {value!r}")
+    return value
 
 
 def bundled_model() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 _MODULES = (
@@ -17,8 +18,11 @@ _SHORTEST = 40  # characters: what is shorter says next to nothing
 
 def read_texts(path: Path) -> list[str]:
     """The paragraphs of a text file: runs of lines between blank ones."""
-    paragraphs = path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n")
-    texts = [text for paragraph in paragraphs if (text := " ".join(paragraph.split()))]
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8 in {path}, but {error}") from error
+    texts = [text for paragraph in re.split(r"\n\s*\n", content) if (text := " ".join(paragraph.split()))]
     if not texts:
         raise ValueError(f"expected at least one paragraph of text in {path}, but it has none")
     return texts
