@@ -8,6 +8,7 @@ the last. Any mask will do: padding on the left, on the right, or in between.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,17 +63,39 @@ def packing_of_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None
     """The packing of ``tokens`` tokens that are packed already; its padded batch is left-aligned, ``max_seqlen`` long.
 
     Args:
-        cu_seqlens: integer ``(sequences + 1,)``, rising from 0 to ``tokens``, on the device where the tokens are.
+        cu_seqlens: int32 ``(sequences + 1,)``, rising from 0 to ``tokens``, on the device where the tokens are.
         tokens: number of tokens.
         max_seqlen: at least the longest sequence's length; read from ``cu_seqlens`` where None.
+
+    Raises RuntimeError or ValueError, as ``functional.packed_attention`` does, for bounds that are not of ``tokens``
+    tokens; of their values nothing under torch.compile.
     """
+    if cu_seqlens.dtype != torch.int32:
+        raise RuntimeError(f"Expected cu_seqlens of dtype int32, but got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+        raise RuntimeError(f"Expected cu_seqlens of shape (sequences + 1,), but got {tuple(cu_seqlens.shape)}")
     batch_size = cu_seqlens.numel() - 1
+    if not torch.compiler.is_compiling():
+        _check_bounds(cu_seqlens.tolist(), tokens, max_seqlen)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if batch_size else 0
     positions = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.bucketize(positions, cu_seqlens[1:], right=True)
     indices = sequence * max_seqlen + positions - cu_seqlens[sequence]
     return Packing(cu_seqlens, indices, batch_size, max_seqlen, max_seqlen)
+
+
+def _check_bounds(bounds: list[int], tokens: int, max_seqlen: int | None) -> None:
+    if (bounds[0], bounds[-1]) != (0, tokens):
+        raise ValueError(
+            f"Expected cu_seqlens from 0 to the number of tokens, {tokens}, but got cu_seqlens from {bounds[0]} to "
+            f"{bounds[-1]}"
+        )
+    for begin, end in pairwise(bounds):
+        if end < begin:
+            raise ValueError(f"Expected cu_seqlens to ascend, but got {begin} before {end}")
+        if max_seqlen is not None and end - begin > max_seqlen:
+            raise ValueError(f"Expected no sequence longer than max_seqlen, {max_seqlen}, but got one of {end - begin}")
 
 
 def pack(x: Tensor, packing: Packing) -> Tensor:

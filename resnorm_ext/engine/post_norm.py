@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class PostNormLayer(NamedTuple):
 
     Attributes:
         qkv: queries, keys and values, each ``num_heads * head_dim`` wide, side by side.
-        activation: the feed-forward's, by name as in ``functional.linear``, or what to call.
+        activation: the feed-forward's, by name as in ``functional.linear``.
         scale: what attention scores are multiplied by.
     """
 
@@ -38,7 +38,7 @@ class PostNormLayer(NamedTuple):
     attention_output: PreparedLinear
     attention_norm: Norm
     intermediate: PreparedLinear
-    activation: str | Callable[[Tensor], Tensor]
+    activation: str
     output: PreparedLinear
     output_norm: Norm
 
@@ -79,15 +79,12 @@ def _encode_chunk(x: Tensor, bounds: list[int], layers: Sequence[PostNormLayer])
         padded = x.new_zeros(rows, dim)
         padded[:tokens] = x
         x, bounds = padded, [*bounds, rows]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=x.device)
     for layer in layers:
         qkv = layer.qkv(x).view(rows, 3, layer.num_heads, -1)
         context = functional.packed_attention(qkv, cu_seqlens, scale=layer.scale)
         x = _add_and_normalize(layer.attention_output(context.view(rows, -1)), x, layer.attention_norm)
-        if isinstance(layer.activation, str):
-            hidden = layer.intermediate(x, layer.activation)
-        else:
-            hidden = layer.activation(layer.intermediate(x))
+        hidden = layer.intermediate(x, layer.activation)
         x = _add_and_normalize(layer.output(hidden), x, layer.output_norm)
     return x[:tokens]
 

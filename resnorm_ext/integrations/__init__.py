@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Existing models on this package's operators: ``accelerate(model)``, ``restore(model)``, ``report(model)``."""
 
-from .accelerate import LeftAlone, Replaced, Report, accelerate, report, restore
+from .accelerate import LeftAlone, Replaced, Report, accelerate, refresh, report, restore
 
-__all__ = ["LeftAlone", "Replaced", "Report", "accelerate", "report", "restore"]
+__all__ = ["LeftAlone", "Replaced", "Report", "accelerate", "refresh", "report", "restore"]

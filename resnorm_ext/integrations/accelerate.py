@@ -14,7 +14,7 @@ from torch import nn
 from .._extension import ensure_loaded, extension
 from ..engine.linear import LinearShape, choose_backends, forget_linears
 from . import torch_nn
-from .replace import Finding, add_pre_hook, is_replaced, original_class, put_back, remove_pre_hook, replace
+from .replace import Finding, Unusable, add_pre_hook, is_replaced, original_class, put_back, remove_pre_hook, replace
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +33,8 @@ def accelerate(model: Model) -> Model:
     modes may change later.
 
     Outputs equal the original's at unmasked positions within rounding. Padded positions are zeros where a call has run
-    without padding. On the CPU a second, packed copy of the linear layers' weights may be kept for inference.
+    without padding. On the CPU a second, packed copy of the linear layers' weights may be kept for inference; it is
+    made anew when they have changed, but see :func:`refresh` for writes through ``.data``.
 
     Measures the linear layers' shapes for some hundredths of a second, unless the environment variable
     ``RESNORM_LINEAR`` (``onednn`` or ``aten``) chooses, or under deterministic algorithms.
@@ -62,6 +63,16 @@ def restore(model: Model) -> Model:
             remove_pre_hook(module, hook)
     for module in model.modules():
         put_back(module)
+    return refresh(model)
+
+
+def refresh(model: Model) -> Model:
+    """Forgets the copies of ``model``'s weights that inference has made, and returns ``model``.
+
+    To be called after writing a part of a weight through ``.data``, as in ``weight.data[0] = 1.0``: torch does not
+    count such a change, and only a few dozen of a weight's values are compared at each call. Others are seen.
+    """
+    _check_module(model)
     forget_linears(model.parameters())
     return model
 
@@ -127,11 +138,14 @@ def _check_module(model: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
 
 
-def _integrations() -> Iterator[ModuleType]:
+def _integrations() -> Iterator[ModuleType | Unusable]:
     yield torch_nn
     for library, name in _INTEGRATIONS.items():
         if library in sys.modules:
-            yield importlib.import_module(f".{name}", __package__)
+            try:
+                yield importlib.import_module(f".{name}", __package__)
+            except ImportError as error:
+                yield Unusable(library, error)
 
 
 def _findings(model: nn.Module) -> list[Finding]:

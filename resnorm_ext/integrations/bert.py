@@ -139,8 +139,9 @@ def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> Packe
     Where only they cannot, the encoder will still find out that it can.
     """
     embeddings, encoder = model.embeddings, model.encoder
-    if type(model).forward is not modeling_bert.BertModel.forward or "forward" in model.__dict__:
-        return "the model has a forward of its own"
+    for method in ("forward", "_create_attention_masks"):
+        if method in model.__dict__ or getattr(type(model), method) is not getattr(modeling_bert.BertModel, method):
+            return f"the model has a {method} of its own"
     if next(reversed(model._forward_pre_hooks.values())) is not hand_over_mask:
         return "another pre-hook comes later"
     if any(arguments.get(flag, getattr(model.config, flag, False)) for flag in _OUTPUT_FLAGS):
@@ -152,18 +153,18 @@ def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> Packe
     key_mask = arguments.get("attention_mask")
     if x is None or x.dim() < 2 or x.size(1) > embeddings.position_ids.size(1):
         return "the arguments are not valid"
-    if key_mask is not None:
-        if key_mask.shape != x.shape[:2]:
-            return "the attention mask is not that of a padded batch"
-        key_mask = key_mask.to(torch.bool)
-        if model.pooler is not None and hides_first_position(key_mask):
-            return "a pooler reads position 0, which is hidden"
     others = {
         name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_WITHOUT_EFFECT, "use_cache")
     }
     layers = _layers_to_run(encoder, x, embeddings.word_embeddings.weight.dtype, others)
     if isinstance(layers, str):
         return layers
+    if key_mask is not None:
+        if key_mask.shape != x.shape[:2]:
+            return "the attention mask is not that of a padded batch"
+        key_mask = key_mask.to(torch.bool)
+        if model.pooler is not None and hides_first_position(key_mask):
+            return "a pooler reads position 0, which is hidden"
     return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
 
 
@@ -179,6 +180,8 @@ def _packed_batch_of_encoder(
         return layers
     key_mask = None
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool and encoder.config._attn_implementation != "sdpa":
+            return "the attention adds its mask to the scores, and this one is bool"
         key_mask = key_mask_of(attention_mask, *x.shape[:2])
         if key_mask is None:
             return "the attention mask does not only hide keys"
@@ -191,7 +194,7 @@ def _embeddings_as_built(embeddings: nn.Module) -> bool:
     parts = embeddings._modules
     tables = [parts.get(f"{name}_embeddings") for name in ("word", "position", "token_type")]
     return (
-        is_as_built(embeddings, BertEmbeddings)
+        is_as_built(embeddings, BertEmbeddings, modeling_bert.BertEmbeddings)
         and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
         and len({table.weight.dtype for table in tables}) == 1
         and is_as_built(parts["LayerNorm"], *NORMS)
@@ -235,7 +238,7 @@ def find(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         replacement = _REPLACEMENTS.get(original_class(module))
         if replacement is not None and not _is_inside(decoders, name):
-            yield Finding(name, module, replacement, encoder_obstacle(module) if replacement is BertEncoder else None)
+            yield Finding(name, module, replacement, _lasting_obstacle(module))
         elif isinstance(module, modeling_bert.BertCrossAttention):
             yield Finding(name, module, None, "cross-attention")
         elif name in decoders:
@@ -244,10 +247,20 @@ def find(model: nn.Module) -> Iterator[Finding]:
             yield Finding(name, module, None, "a subclass, which may compute something else")
 
 
+def _lasting_obstacle(module: nn.Module) -> str | None:
+    """What keeps ``module`` from the packed path at every call, as it is now."""
+    if isinstance(module, modeling_bert.BertEncoder):
+        return attention_obstacle(module.config, modeling_bert.eager_attention_forward) or encoder_obstacle(module)
+    if isinstance(module, modeling_bert.BertEmbeddings) and not _embeddings_as_built(module):
+        return "embeddings have hooks or are not as they were built"
+    return None
+
+
 def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
     """The modules of ``model`` that get a forward pre-hook, and the hook."""
     for _, bert in named_modules(model, modeling_bert.BertModel):
-        if is_replaced(bert.encoder):
+        encoder = getattr(bert, "encoder", None)
+        if hand_over_mask in bert._forward_pre_hooks.values() or (encoder is not None and is_replaced(encoder)):
             yield bert, hand_over_mask
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
+from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.models.bert import modeling_bert
 
 from .. import functional
 from ..engine.linear import LinearShape, prepare_linear
 from ..engine.post_norm import Norm, PostNormLayer
 from ..modules import LayerNorm
-from ..modules.eligibility import activation_name
+from ..modules.eligibility import activation_name, has_global_hooks
 from .replace import named_modules
 from .transformers import is_as_built
 
@@ -41,7 +41,8 @@ class BertOutput(modeling_bert.BertOutput):
 def _dropout_add_norm(block: BertSelfOutput | BertOutput, update: Tensor, residual: Tensor) -> Tensor:
     dropout, norm = block.dropout, block.LayerNorm
     fuses = (
-        is_as_built(dropout, nn.Dropout)
+        not has_global_hooks()
+        and is_as_built(dropout, nn.Dropout)
         and is_as_built(norm, *NORMS)
         and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm
         and update.shape == residual.shape
@@ -66,37 +67,42 @@ def acts(dropout: nn.Dropout) -> bool:
 
 
 _PARTS = {
-    ("attention",): (modeling_bert.BertAttention,),
-    ("attention", "self"): (modeling_bert.BertSelfAttention,),
-    ("attention", "self", "query"): (nn.Linear,),
-    ("attention", "self", "key"): (nn.Linear,),
-    ("attention", "self", "value"): (nn.Linear,),
-    ("attention", "self", "dropout"): (nn.Dropout,),
-    ("attention", "output"): (BertSelfOutput, modeling_bert.BertSelfOutput),
-    ("attention", "output", "dense"): (nn.Linear,),
-    ("attention", "output", "dropout"): (nn.Dropout,),
-    ("attention", "output", "LayerNorm"): NORMS,
-    ("intermediate",): (modeling_bert.BertIntermediate,),
-    ("intermediate", "dense"): (nn.Linear,),
-    ("output",): (BertOutput, modeling_bert.BertOutput),
-    ("output", "dense"): (nn.Linear,),
-    ("output", "dropout"): (nn.Dropout,),
-    ("output", "LayerNorm"): NORMS,
+    "attention": (modeling_bert.BertAttention,),
+    "attention.self": (modeling_bert.BertSelfAttention,),
+    "attention.self.query": (nn.Linear,),
+    "attention.self.key": (nn.Linear,),
+    "attention.self.value": (nn.Linear,),
+    "attention.self.dropout": (nn.Dropout,),
+    "attention.output": (BertSelfOutput, modeling_bert.BertSelfOutput),
+    "attention.output.dense": (nn.Linear,),
+    "attention.output.dropout": (nn.Dropout,),
+    "attention.output.LayerNorm": NORMS,
+    "intermediate": (modeling_bert.BertIntermediate,),
+    "intermediate.dense": (nn.Linear,),
+    "output": (BertOutput, modeling_bert.BertOutput),
+    "output.dense": (nn.Linear,),
+    "output.dropout": (nn.Dropout,),
+    "output.LayerNorm": NORMS,
 }
+_PATHS = {name: name.split(".") for name in _PARTS}
+_PROJECTIONS = ("attention.self.query", "attention.self.key", "attention.self.value")
+_DENSES = ("attention.output.dense", "intermediate.dense", "output.dense")
 
 
-def _parts_as_built(layer: nn.Module) -> list[nn.Module] | str:
-    """The modules of ``layer`` in the order of ``_PARTS``; or the name of what is not as it was built, and why."""
-    if not is_as_built(layer, modeling_bert.BertLayer):
+def _parts_as_built(layer: nn.Module) -> dict[str, nn.Module] | str:
+    """The modules of ``layer`` that ``_PARTS`` names; or the name of what is not as it was built, and why."""
+    if not is_as_built(layer, modeling_bert.BertLayer) or "feed_forward_chunk" in layer.__dict__:
         return _not_as_built(layer, modeling_bert.BertLayer)
-    parts = []
-    for path, types in _PARTS.items():
+    parts = {}
+    for name, types in _PARTS.items():
         part: nn.Module | None = layer
-        for name in path:
-            part = part._modules.get(name)
+        for child in _PATHS[name]:
+            part = part._modules.get(child)
         if not is_as_built(part, *types):
-            return f".{'.'.join(path)}{_not_as_built(part, *types)}"
-        parts.append(part)
+            return f".{name}{_not_as_built(part, *types)}"
+        parts[name] = part
+    if _activation_name(parts["intermediate"].intermediate_act_fn) is None:
+        return ".intermediate.intermediate_act_fn is neither ReLU nor GELU, or has hooks"
     return parts
 
 
@@ -112,59 +118,50 @@ def post_norm_layer(layer: nn.Module, dtype: torch.dtype) -> PostNormLayer | str
     parts = _parts_as_built(layer)
     if isinstance(parts, str):
         return parts
-    (
-        _,
-        attention,
-        query,
-        key,
-        value,
-        attention_dropout,
-        _,
-        attention_dense,
-        hidden_dropout,
-        attention_norm,
-        intermediate,
-        intermediate_dense,
-        _,
-        output_dense,
-        output_dropout,
-        output_norm,
-    ) = parts
+    attention = parts["attention.self"]
     if layer.is_decoder or attention.is_causal:
         return " is a decoder's"
-    if (attention.training and attention_dropout.p > 0.0) or acts(hidden_dropout) or acts(output_dropout):
+    attention_drops = attention.training and parts["attention.self.dropout"].p > 0.0
+    if attention_drops or acts(parts["attention.output.dropout"]) or acts(parts["output.dropout"]):
         return " is in training: dropout acts"
-    linears = [
-        (linear._parameters["weight"], linear._parameters["bias"])
-        for linear in (query, key, value, attention_dense, intermediate_dense, output_dense)
-    ]
-    if any(weight.dtype != dtype or not weight.is_cpu for weight, _ in linears):
+    try:
+        linears = {name: _weight_and_bias(parts[name]) for name in (*_PROJECTIONS, *_DENSES)}
+        norms = {
+            name: Norm(*_weight_and_bias(parts[name]), parts[name].eps)
+            for name in ("attention.output.LayerNorm", "output.LayerNorm")
+        }
+    except KeyError as error:
+        return f" has a {error} that is not a parameter"
+    if any(weight.dtype != dtype or not weight.is_cpu for weight, _ in linears.values()):
         return f" is not in {dtype} on the CPU, as its input"
-    projections = linears[:3]
+    projections = [linears[name] for name in _PROJECTIONS]
     if len({bias is None for _, bias in projections}) > 1:
         return ".attention.self has biases for some of its projections only"
     return PostNormLayer(
         num_heads=attention.num_attention_heads,
         scale=attention.scaling,
         qkv=prepare_linear(*projections),
-        attention_output=prepare_linear(linears[3]),
-        attention_norm=_norm(attention_norm),
-        intermediate=prepare_linear(linears[4]),
-        activation=_activation(intermediate.intermediate_act_fn),
-        output=prepare_linear(linears[5]),
-        output_norm=_norm(output_norm),
+        attention_output=prepare_linear(linears["attention.output.dense"]),
+        attention_norm=norms["attention.output.LayerNorm"],
+        intermediate=prepare_linear(linears["intermediate.dense"]),
+        activation=_activation_name(parts["intermediate"].intermediate_act_fn),
+        output=prepare_linear(linears["output.dense"]),
+        output_norm=norms["output.LayerNorm"],
     )
 
 
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps)
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Raises KeyError where they are not parameters. nn.Module's attributes cost more than all else here."""
+    return module._parameters["weight"], module._parameters["bias"]
 
 
-def _activation(function: Any) -> Any:
-    """The name by which ``functional.linear`` knows ``function``, else ``function``."""
-    if is_as_built(function, GELUActivation) and function.act is F.gelu:
+def _activation_name(function: Any) -> str | None:
+    """The name by which ``functional.linear`` knows ``function``."""
+    if is_as_built(function, GELUActivation) and function.act in (F.gelu, function._gelu_python):
         return "gelu"
-    return activation_name(function) or function
+    if is_as_built(function, NewGELUActivation):
+        return "gelu_tanh"
+    return activation_name(function)
 
 
 def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
@@ -173,11 +170,11 @@ def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
         parts = _parts_as_built(layer)
         if isinstance(parts, str):
             continue
-        query, *_ = linears = [part for part in parts if isinstance(part, nn.Linear)]
+        query, *_ = projections = [parts[name] for name in _PROJECTIONS]
         if not query.weight.is_cpu:
             continue
-        yield LinearShape(query.weight.dtype, query.in_features, sum(linear.out_features for linear in linears[:3]))
-        for linear in linears[3:]:
+        yield LinearShape(query.weight.dtype, query.in_features, sum(linear.out_features for linear in projections))
+        for linear in (parts[name] for name in _DENSES):
             yield LinearShape(linear.weight.dtype, linear.in_features, linear.out_features)
 
 

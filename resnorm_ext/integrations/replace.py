@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-_ORIGINAL = "_resnorm_original_class"  # on the instance: what restore() puts back
+from ..engine.linear import LinearShape
+
+_CLASSES = "_resnorm_classes"  # on the instance: (original, replacement)
 
 
 class Finding(NamedTuple):
@@ -26,27 +28,51 @@ class Finding(NamedTuple):
     reason: str | None = None
 
 
+class Unusable:
+    """Stands for the integration of a library of which another release is installed: finds its modules, and leaves them
+    alone."""
+
+    def __init__(self, library: str, error: ImportError) -> None:
+        self.library, self.reason = library, f"this release of its library is not supported ({error})"
+
+    def find(self, model: nn.Module) -> Iterator[Finding]:
+        for name, module in model.named_modules():
+            if type(module).__module__ == self.library:
+                yield Finding(name, module, None, self.reason)
+
+    def hooks(self, model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+        return iter(())
+
+    def linear_shapes(self, model: nn.Module) -> Iterator[LinearShape]:
+        return iter(())
+
+
 def replace(module: nn.Module, replacement: type[nn.Module]) -> None:
     """Makes ``module`` a ``replacement``, until ``put_back``."""
-    setattr(module, _ORIGINAL, type(module))
+    setattr(module, _CLASSES, (type(module), replacement))
     module.__class__ = replacement
 
 
 def put_back(module: nn.Module) -> None:
-    """Undoes ``replace``, if that was done."""
-    original = original_class(module)
-    if original is not type(module):
-        delattr(module, _ORIGINAL)
+    """Undoes ``replace``, if that was done. A class that the module was given since then stays, on the original."""
+    if not is_replaced(module):
+        return
+    original, replacement = module.__dict__.pop(_CLASSES)
+    current = type(module)
+    if current is replacement:
         module.__class__ = original
+    elif current.__bases__ == (replacement,):  # as torch.nn.utils.parametrize makes them
+        members = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(current.__name__, (original,), members)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` before ``replace``."""
-    return module.__dict__.get(_ORIGINAL, type(module))
+    return module.__dict__[_CLASSES][0] if is_replaced(module) else type(module)
 
 
 def is_replaced(module: nn.Module) -> bool:
-    return _ORIGINAL in module.__dict__
+    return _CLASSES in module.__dict__
 
 
 def add_pre_hook(module: nn.Module, hook: Callable) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import modules
 from ..engine.linear import LinearShape
+from ..modules.encoder import encoder_obstacle
 from ..modules.encoder_stack import obstacle
 from .replace import Finding, named_modules, original_class
 
@@ -22,21 +23,30 @@ _REPLACEMENTS = {
 def find(model: nn.Module) -> Iterator[Finding]:
     """The modules of ``model`` that are replaced, and those of their kind that are not."""
     attentions = {id(layer.self_attn) for _, layer in _encoder_layers(model)}
+    others = {id(layer.self_attn) for _, layer in named_modules(model, nn.TransformerEncoderLayer)} - attentions
     for name, module in model.named_modules():
         original = original_class(module)
         if original is nn.MultiheadAttention:
             if id(module) in attentions:
                 yield Finding(name, module, modules.SelfAttention)
+            elif id(module) in others:
+                yield Finding(name, module, None, "part of a subclass of nn.TransformerEncoderLayer")
             else:
                 yield Finding(name, module, None, "outside an encoder layer its key and value may be another's")
         elif original in _REPLACEMENTS:
-            reason = obstacle(module) if original is nn.TransformerEncoderLayer else None
-            yield Finding(name, module, _REPLACEMENTS[original], reason)
+            yield Finding(name, module, _REPLACEMENTS[original], _lasting_obstacle(module))
         elif isinstance(module, nn.TransformerDecoder | nn.TransformerDecoderLayer):
             yield Finding(name, module, None, "a decoder has cross-attention")
         elif isinstance(module, tuple(_REPLACEMENTS)) and not original.__module__.startswith(modules.__name__):
             kind = next(base for base in _REPLACEMENTS if isinstance(module, base))
             yield Finding(name, module, None, f"a subclass of nn.{kind.__name__}, which may compute something else")
+
+
+def _lasting_obstacle(module: nn.Module) -> str | None:
+    """What keeps ``module`` from its fused path at every call, as it is now."""
+    if isinstance(module, nn.TransformerEncoder):
+        return encoder_obstacle(module)
+    return obstacle(module) if isinstance(module, nn.TransformerEncoderLayer) else None
 
 
 def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:

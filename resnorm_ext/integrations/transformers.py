@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..engine.packing import Packing, packing_of
 from ..engine.post_norm import PostNormLayer
-from ..modules.eligibility import has_global_hooks, has_plain_tensors, is_eager
+from ..modules.eligibility import has_global_hooks, is_eager, is_plain
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -35,18 +35,8 @@ def captures_outputs() -> bool:
 
 
 def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what the ``forward`` of one of exactly these ``types`` does, and nothing else.
-
-    The hooks that transformers leaves behind after collecting outputs do nothing while ``captures_outputs`` is false,
-    and do not count.
-    """
-    return (
-        type(module) in types
-        and "forward" not in module.__dict__
-        and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-        and (not module._forward_hooks or _are_idle(module._forward_hooks.values()))
-        and has_plain_tensors(module._parameters.values())
-    )
+    """``is_plain``, but for the hooks that transformers leaves behind after collecting outputs."""
+    return is_plain(module, *types, are_idle=_are_idle)
 
 
 def _are_idle(hooks: Iterable[Callable]) -> bool:
@@ -123,8 +113,8 @@ def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int) -> Pa
     """The packing of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
     if key_mask is not None and not key_mask.all():
         return packing_of(key_mask)
-    cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32) * length
-    return Packing(cu_seqlens, torch.arange(batch_size * length), batch_size, length, length)
+    cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
+    return Packing(cu_seqlens, torch.arange(batch_size * length, device="cpu"), batch_size, length, length)
 
 
 def key_mask_of(attention_mask: Tensor, batch_size: int, length: int) -> Tensor | None:

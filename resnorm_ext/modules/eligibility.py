@@ -8,24 +8,27 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
-def is_plain(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+def is_plain(
+    module: nn.Module | None,
+    *types: type[nn.Module],
+    are_idle: Callable[[Iterable[Callable]], bool] | None = None,
+) -> bool:
     """Whether calling ``module`` does what the ``forward`` of one of exactly these ``types`` does, and nothing else.
 
     False for subclasses (adapters, parametrizations), for hooks and an overridden ``forward`` on the instance, and
-    where a parameter is a tensor subclass (quantized, distributed).
+    where a parameter is a tensor subclass (quantized, distributed). ``are_idle`` tells forward hooks that do nothing.
     """
     return (
         type(module) in types
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
         and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        and (not module._forward_hooks or (are_idle is not None and are_idle(module._forward_hooks.values())))
         and has_plain_tensors(module._parameters.values())
     )
 
@@ -51,6 +54,7 @@ def is_eager(x: Tensor) -> bool:
         or x.is_meta
         or type(x) not in _PLAIN_TENSORS
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -135,19 +135,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         """
         if src.is_nested:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        stack = Stack(self.layers, self.norm, self._obstacle(), self._forward_by_modules)
+        stack = Stack(self.layers, self.norm, encoder_obstacle(self), self._forward_by_modules)
         return _encode(stack, src, mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen)
-
-    def _obstacle(self) -> str | None:
-        if self.norm is not None and not is_plain_norm(self.norm):
-            return "norm has hooks or is not a plain LayerNorm"
-        for index, layer in enumerate(self.layers):
-            if not is_plain(layer, TransformerEncoderLayer, nn.TransformerEncoderLayer):
-                return f"layer {index} has hooks or is not a plain TransformerEncoderLayer"
-            reason = obstacle(layer)
-            if reason is not None:
-                return f"layer {index}: {reason}"
-        return None
 
     def _forward_by_modules(
         self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
@@ -155,6 +144,19 @@ class TransformerEncoder(nn.TransformerEncoder):
         for layer in self.layers:
             x = layer(x, src_mask=mask, src_key_padding_mask=key_padding_mask, is_causal=is_causal)
         return x if self.norm is None else self.norm(x)
+
+
+def encoder_obstacle(encoder: nn.TransformerEncoder) -> str | None:
+    """Why fused operators do not compute what ``encoder`` does; None where they do."""
+    if encoder.norm is not None and not is_plain_norm(encoder.norm):
+        return "norm has hooks or is not a plain LayerNorm"
+    for index, layer in enumerate(encoder.layers):
+        if not is_plain(layer, TransformerEncoderLayer, nn.TransformerEncoderLayer):
+            return f"layer {index} has hooks or is not a plain TransformerEncoderLayer"
+        reason = obstacle(layer)
+        if reason is not None:
+            return f"layer {index}: {reason}"
+    return None
 
 
 def _encode(

@@ -2,7 +2,7 @@
 """The way a batch takes through encoder layers, chosen at every call:
 
 - **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; and without grad, where a
-  padding mask hides anything and no other mask but a causal one is given.
+  padding mask hides anything, no other mask but a causal one is given and all activations are ReLU or GELU.
 - **padded**: fused operators on the batch with its masks as given. Under torch.compile and export nothing depends on
   the masks' values.
 - **by modules**: the parts are called one by one, as torch.nn does, because one of them has a hook or is not what was
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..engine.packing import pack, packing_of, packing_of_sequences, unpack
 from .attention import AttentionPattern
-from .eligibility import is_eager
+from .eligibility import activation_name, is_eager
 from .encoder_stack import run_layers
 from .masks import (
     additive,
@@ -92,9 +92,14 @@ def encode_batch(
     if hidden is not None and is_eager(src) and holds_only_padding(key_padding_mask, hidden):
         if not hidden.any():
             key_padding_mask = hidden = None
-        elif not torch.is_grad_enabled() and (mask is None or is_causal):
+        elif not torch.is_grad_enabled() and (mask is None or is_causal) and _can_pack(stack):
             return _run_packed(stack, src, hidden, is_causal)
     return _zero_without_grad(_run_padded(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+
+
+def _can_pack(stack: Stack) -> bool:
+    """Whether every activation treats positions alike: one that we do not know may do anything with a batch."""
+    return all(activation_name(layer.activation) is not None for layer in stack.layers)
 
 
 def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool) -> Tensor:

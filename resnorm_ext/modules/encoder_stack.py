@@ -43,10 +43,9 @@ def obstacle(layer: nn.TransformerEncoderLayer) -> str | None:
         return "self_attn is not self-attention of equal dimensions"
     if not is_plain(parts["self_attn"].out_proj, NonDynamicallyQuantizableLinear):
         return "self_attn.out_proj has hooks or is not a plain Linear"
-    if type(layer)._sa_block is not nn.TransformerEncoderLayer._sa_block:
-        return f"{type(layer).__name__} overrides _sa_block"
-    if type(layer)._ff_block is not nn.TransformerEncoderLayer._ff_block:
-        return f"{type(layer).__name__} overrides _ff_block"
+    for block in ("_sa_block", "_ff_block"):
+        if block in layer.__dict__ or getattr(type(layer), block) is not getattr(nn.TransformerEncoderLayer, block):
+            return f"{block} is overridden"
     return "hooks for all modules are registered" if has_global_hooks() else None
 
 

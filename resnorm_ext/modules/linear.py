@@ -40,6 +40,4 @@ def _is_inference(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _choose_backend(shape: LinearShape) -> None:
-    """Leaves no trace but the choice: the caller's random numbers stay out of the measurement."""
-    with torch.random.fork_rng(devices=[]):
-        choose_backends([shape])
+    choose_backends([shape])

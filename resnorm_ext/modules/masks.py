@@ -41,9 +41,9 @@ def batch_and_length(x: Tensor, batch_first: bool) -> tuple[int, int]:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``mask`` as it is added to the scores: -inf of ``dtype`` where a bool mask is True; a float mask as it is."""
+    """``mask`` as it is added to the scores: in ``dtype``, -inf where a bool mask is True."""
     if mask.dtype != torch.bool:
-        return mask
+        return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 

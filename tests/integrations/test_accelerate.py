@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.models.bert import modeling_bert
 
 import resnorm_ext.modules
-from resnorm_ext.integrations import accelerate, report, restore
+from resnorm_ext.integrations import accelerate, refresh, report, restore
 
 from .conftest import assert_same_at_real_positions, inputs, tiny_config
 
@@ -236,3 +239,94 @@ class TestTorchModels:
         actual = accelerate(model)(x)
         assert type(model[1]) is resnorm_ext.modules.LayerNorm
         torch.testing.assert_close(actual, expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class TestClassesChangedAfterwards:
+    def test_a_parametrized_module_stays_so(self):
+        norm = accelerate(nn.LayerNorm(8))
+        parametrize.register_parametrization(norm, "weight", Doubled())
+        x = torch.randn(3, 8)
+        expected = norm(x)
+        assert restore(norm) is norm and isinstance(norm, nn.LayerNorm)
+        assert not isinstance(norm, resnorm_ext.modules.LayerNorm)
+        torch.testing.assert_close(norm(x), expected)
+        parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
+        assert type(norm) is nn.LayerNorm
+
+    def test_a_class_of_the_users_own_stays(self):
+        class Own(nn.LayerNorm):
+            pass
+
+        norm = accelerate(nn.LayerNorm(8))
+        norm.__class__ = Own
+        assert type(restore(norm)) is Own
+
+
+def test_restore_after_the_encoder_was_replaced():
+    model = accelerate(transformers.BertModel(tiny_config()))
+    model.encoder = modeling_bert.BertEncoder(tiny_config())
+    restore(model)
+    assert not model._forward_pre_hooks
+
+
+def test_refresh_after_a_write_through_part_of_data():
+    model = transformers.BertModel(tiny_config()).eval()
+    accelerated, batch = accelerate(copy.deepcopy(model)), inputs()
+    with torch.no_grad():
+        accelerated(**batch)
+        for each in (model, accelerated):
+            each.encoder.layer[0].attention.self.value.weight.data[10] = 9.0
+        refresh(accelerated)
+        expected = model(**batch).last_hidden_state
+        assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+
+
+def test_nested_tensors_are_left_to_torch():
+    norm = nn.LayerNorm(8)
+    nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    expected = norm(nested).values()
+    torch.testing.assert_close(accelerate(norm)(nested).values(), expected)
+
+
+def test_an_unsupported_release_of_a_library_is_reported(monkeypatch):
+    """Its models are left alone, and all others are accelerated."""
+    library, name = next(iter(sys.modules["resnorm_ext.integrations.accelerate"]._INTEGRATIONS.items()))
+    import_module = importlib.import_module
+
+    def without_bert(module, package=None):
+        if module == f".{name}":
+            raise ImportError("cannot import name 'PreTrainedConfig'")
+        return import_module(module, package)
+
+    monkeypatch.setattr(importlib, "import_module", without_bert)
+    assert library in sys.modules
+    model = nn.ModuleList([nn.LayerNorm(8), transformers.BertModel(tiny_config())])
+    accelerate(model)
+    assert type(model[0]) is resnorm_ext.modules.LayerNorm and type(model[1].encoder) is modeling_bert.BertEncoder
+    assert "PreTrainedConfig" in str(report(model))
+    assert type(restore(model)[0]) is nn.LayerNorm
+
+
+class TestReportOfLastingObstacles:
+    def test_torch_encoder(self):
+        encoder = torch_encoder()
+        encoder.norm = nn.RMSNorm(32)
+        assert "norm has hooks or is not a plain LayerNorm" in str(report(accelerate(encoder)))
+
+    def test_attention_of_a_subclassed_layer(self):
+        class Layer(nn.TransformerEncoderLayer):
+            pass
+
+        assert "part of a subclass of nn.TransformerEncoderLayer" in str(report(Layer(32, 4)))
+
+    def test_bert(self):
+        model = accelerate(transformers.BertModel(tiny_config()))
+        model.embeddings.word_embeddings.register_forward_hook(lambda *_: None)
+        model.encoder.config._attn_implementation = "flex_attention"
+        text = str(report(model))
+        assert "embeddings have hooks" in text and "flex_attention" in text

@@ -14,7 +14,7 @@ import transformers
 
 from resnorm_ext._extension import extension
 from resnorm_ext.engine import post_norm
-from resnorm_ext.integrations import accelerate
+from resnorm_ext.integrations import accelerate, report
 
 from .conftest import MASKS, assert_same_at_real_positions, inputs, real_positions, tiny_config
 
@@ -163,7 +163,6 @@ def test_heads(path_of, head):
         {"hidden_act": "relu"},
         {"hidden_act": "gelu_new"},
         {"hidden_act": "gelu_python"},
-        {"hidden_act": "silu"},
         {"hidden_size": 36, "num_attention_heads": 3},
         {"chunk_size_feed_forward": 3},
         {"num_hidden_layers": 1},
@@ -178,6 +177,36 @@ def test_configurations(path_of, change):
     assert path_of(accelerated, **batch) == "packed"
     expected = model(**batch).last_hidden_state
     assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+
+
+class AcrossPositions(torch.nn.Softmax):
+    """An activation that does not treat each position alike."""
+
+    def __init__(self):
+        super().__init__(dim=1)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.SiLU, AcrossPositions])
+def test_activations_that_are_not_known_see_the_whole_batch(path_of, pair, activation):
+    model, accelerated = pair
+    for each in pair:
+        for layer in each.encoder.layer:
+            layer.intermediate.intermediate_act_fn = activation()
+    batch = inputs("right")
+    assert "intermediate_act_fn" in path_of(accelerated, **batch)
+    expected = model(**batch).last_hidden_state
+    assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+    assert "intermediate_act_fn" in str(report(accelerated))
+
+
+def test_a_hook_on_an_activation_sees_the_whole_batch(pair):
+    batch, shapes = inputs("right"), []
+    _, accelerated = pair
+    accelerated.encoder.layer[0].intermediate.intermediate_act_fn.register_forward_hook(
+        lambda module, args, output: shapes.append(output.shape[:2])
+    )
+    accelerated(**batch)
+    assert shapes == [batch["input_ids"].shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

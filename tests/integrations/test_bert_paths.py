@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from resnorm_ext.integrations import accelerate
 
@@ -373,3 +375,87 @@ class TestParts:
         assert path_of(accelerated, ids) == "packed"
         ours, theirs = (each(ids).last_hidden_state for each in (accelerated, model))
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+class TestOverrides:
+    """Methods that the original would call are called."""
+
+    def test_masks_of_the_model(self, pair):
+        def no_mask(self, *args, **kwargs):
+            return None, None
+
+        for each in pair:
+            each._create_attention_masks = no_mask.__get__(each)
+        compare(pair, inputs())
+
+        class Subclass(transformers.BertModel):
+            _create_attention_masks = no_mask
+
+        model = Subclass(tiny_config()).eval()
+        compare((model, accelerate(copy.deepcopy(model))), inputs())
+
+    def test_feed_forward_of_a_layer(self, pair):
+        for each in pair:
+            each.encoder.layer[0].feed_forward_chunk = lambda attention_output: torch.tanh(attention_output)
+        compare(pair, inputs())
+
+    @pytest.mark.parametrize("name", ["attention.self.query", "output.LayerNorm"])
+    def test_weights_that_are_not_parameters(self, pair, path_of, name):
+        for each in pair:
+            module = each.encoder.layer[1].get_submodule(name)
+            weight = module.weight.detach()
+            del module.weight
+            module.register_buffer("weight", weight)
+        assert "weight" in path_of(pair[1], **inputs())
+        compare(pair, inputs())
+
+
+def test_global_hooks_see_every_module(pair):
+    calls = {True: [], False: []}
+    for each in pair:
+        names = {module: name for name, module in each.named_modules()}
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output, names=names, ours=each is pair[1]: calls[ours].append(names[module])
+        )
+        try:
+            each(**inputs())
+        finally:
+            handle.remove()
+    assert calls[True] == calls[False]
+
+
+def test_fake_tensors(pair):
+    """No value is read, whatever the mode."""
+    for grad in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(grad):
+            batch = {name: mode.from_tensor(tensor) for name, tensor in inputs().items()}
+            assert pair[1](**batch).last_hidden_state.shape == (4, 9, 32)
+
+
+def test_forward_derivatives_without_grad(pair):
+    embeddings, tangent = torch.randn(2, 4, 9, 32, dtype=torch.float64)
+    tangents = []
+    for each in pair:
+        each.double().set_attn_implementation("eager")
+        with forward_ad.dual_level():
+            output = each(inputs_embeds=forward_ad.make_dual(embeddings, tangent)).last_hidden_state
+            tangents.append(forward_ad.unpack_dual(output).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_another_default_device(pair):
+    batch = inputs()
+    expected = pair[0](**batch).last_hidden_state
+    with torch.device("meta"):
+        output = accelerate(copy.deepcopy(pair[0]))(**batch).last_hidden_state
+    assert_same_at_real_positions(output, expected, batch)
+
+
+def test_bool_masks_with_eager_attention(pair, path_of):
+    """That adds them to the scores."""
+    for each in pair:
+        each.set_attn_implementation("eager")
+    hidden, mask = torch.randn(4, 9, 32), torch.rand(4, 1, 1, 9).expand(4, 1, 9, 9) > 0.5
+    assert "bool" in path_of(pair[1].encoder, hidden, mask)
+    outputs = [each.encoder(hidden, mask).last_hidden_state for each in pair]
+    torch.testing.assert_close(*outputs)

@@ -272,3 +272,72 @@ def test_gradients_in_frozen_and_checkpointed_encoders(encoder, src):
     torch.testing.assert_close(torch.autograd.grad(output.sum(), [src]), expected, rtol=0, atol=0)
     encoder.requires_grad_(False)
     torch.testing.assert_close(torch.autograd.grad(encoder(src, None, PADDING).sum(), [src]), expected, rtol=0, atol=0)
+
+
+class TestActivationsThatAreNotKnown:
+    """They see the batch as torch.nn shows it to them."""
+
+    @pytest.mark.parametrize(
+        "activation", [nn.Softmax(dim=1), lambda x: torch.softmax(x, dim=2)], ids=["dim 1", "dim 2"]
+    )
+    def test_padding_is_computed(self, encoder, src, path, activation):
+        for layer in encoder.layers:
+            layer.activation = activation
+        with torch.no_grad():
+            taken, output = path(encoder, src, None, PADDING)
+            expected = reference_of(encoder).eval()(src, None, PADDING)
+        assert taken == "padded"
+        torch.testing.assert_close(output[~PADDING], expected[~PADDING], **TOLERANCE)
+
+    def test_hooks(self, encoder, src):
+        shapes = []
+        for layer in encoder.layers:
+            layer.activation = nn.GELU()
+        encoder.layers[0].activation.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+        with torch.no_grad():
+            encoder(src, None, PADDING)
+        assert shapes == [(BATCH, LENGTH, 12)]
+
+
+@pytest.mark.parametrize("block", ["_sa_block", "_ff_block"])
+def test_overridden_blocks_are_called(encoder, src, block):
+    for name in ("encoder", "reference"):
+        module = encoder if name == "encoder" else reference_of(encoder).eval()
+        for layer in module.layers:
+            setattr(layer, block, lambda x, *args, **kwargs: 2 * x)
+        output = module(src)
+        if name == "encoder":
+            ours = output
+    torch.testing.assert_close(ours, output, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "max_seqlen", "error", "message"),
+    [
+        ([0, 4, 5], 3, ValueError, "no sequence longer than max_seqlen, 3"),
+        ([0, 2, 9], None, ValueError, "number of tokens, 5"),
+        ([1, 5], None, ValueError, "from 1 to 5"),
+        ([0, -1, 5], None, ValueError, "ascend"),
+        ([0, 4, 3, 5], None, ValueError, "ascend"),
+        ([[0, 5]], None, RuntimeError, "of shape"),
+        ([], None, RuntimeError, "of shape"),
+    ],
+)
+@pytest.mark.parametrize("way", ["fused", "attention dropout", "by modules"])
+def test_bounds_of_packed_sequences_are_checked(encoder, way, bounds, max_seqlen, error, message):
+    if way == "attention dropout":
+        encoder.train()
+    if way == "by modules":
+        encoder.layers[0].linear1.register_forward_hook(lambda *_: None)
+    tokens = torch.randn(5, DIM, dtype=torch.float64)
+    with pytest.raises(error, match=message):
+        encoder(tokens, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), max_seqlen=max_seqlen)
+    with pytest.raises(RuntimeError, match="cu_seqlens of dtype"):
+        encoder(tokens, cu_seqlens=torch.tensor([0, 5]))
+
+
+def test_a_float_mask_of_another_dtype(encoder, src):
+    mask = torch.zeros(BATCH, LENGTH, dtype=torch.float16).masked_fill_(PADDING, -torch.inf)
+    for values in (mask, mask * 0):
+        expected = encoder(src, None, values.nan_to_num(neginf=-torch.inf).double())
+        torch.testing.assert_close(encoder(src, None, values.nan_to_num(neginf=-torch.inf)), expected)
