@@ -15,7 +15,7 @@ import setuptools
 from torch.utils import cpp_extension
 
 from . import _library, build_config
-from ._toolchain import Toolchain, detect
+from ._toolchain import Toolchain, detect, max_jobs
 
 EXTENSION = "resnorm_ext._C"
 
@@ -36,7 +36,7 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extension(self, extension: setuptools.Extension) -> None:
         library = Path(self.get_ext_fullpath(extension.name))
         _library.info_path(library).unlink(missing_ok=True)
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(max_jobs()) as pool:
             objects = pool.map(self._compile_isa, build_config.isa_sources())
         extension.extra_objects = [path for paths in objects for path in paths]
         super().build_extension(extension)
@@ -64,6 +64,7 @@ def _extension(toolchain: Toolchain) -> setuptools.Extension:
     # PyTorch's headers as a system's, which are not warned about.
     headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     flags = {"cxx": [*build_config.CXX_FLAGS, *build_config.TORCH_FLAGS, *headers]}
+    os.environ.setdefault("MAX_JOBS", str(max_jobs()))  # ninja's own default knows the cores, not the memory
     # PyTorch runs the first ninja on PATH, where pip's need not be.
     os.environ["PATH"] = os.pathsep.join([str(Path(toolchain.ninja).parent), os.environ.get("PATH", "")])
     describe, macros = cpp_extension.CppExtension, []

@@ -162,6 +162,21 @@ def cuda_architectures(default: tuple[str, ...], supported: list[str]) -> tuple[
     return tuple(listed)
 
 
+def max_jobs() -> int:
+    """As many compilers as the cores this process may use and free memory (2 GiB each) allow."""
+    return max(1, min(len(os.sched_getaffinity(0)), _available_memory() // 2**31))
+
+
+def _available_memory() -> int:
+    """Bytes free on this machine, or in this container where it has a limit of its own."""
+    meminfo = Path("/proc/meminfo").read_text()
+    available = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
 def _find_toolkit() -> tuple[Path | None, str]:
     """(folder, "") or (None, where it was looked for)."""
     looked = []

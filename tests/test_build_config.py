@@ -103,3 +103,10 @@ def test_toolkit_is_found_behind_a_script_on_path(monkeypatch: pytest.MonkeyPatc
         _toolchain.find_cuda("2.99.0", "98.0", ("90.0",))
     monkeypatch.setenv("RESNORM_CUDA", "off")
     assert _toolchain.find_cuda("2.99.0", "99.0", ("90.0",)) == (None, "RESNORM_CUDA=off")
+
+
+def test_jobs_follow_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    for gib, jobs in ((5, 2), (1, 1), (1000, 64)):
+        monkeypatch.setattr(_toolchain, "_available_memory", lambda gib=gib: gib * 2**30)
+        assert _toolchain.max_jobs() == jobs
