@@ -28,6 +28,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.toolchain = detect()
         # Not before: a source distribution is made without any toolchain, and setuptools keeps notes on this object.
         vars(self.extensions[0]).update(vars(_extension(self.toolchain)))
+        if self.editable_mode:  # pip's own folder for objects does not outlast the build
+            self.build_temp = "build/editable"
         # A folder for each toolchain, because ninja does not see one change behind the same path.
         self.build_temp = f"{self.build_temp}-{self.toolchain.key[:8]}"
         print(f"resnorm_ext: building {self.toolchain.kernels}", flush=True)
@@ -50,7 +52,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def _compile_isa(self, source: str) -> list[str]:
         return self.compiler.compile(
-            [str(build_config.CSRC / source)],
+            [_path(source)],
             output_dir=str(Path(self.build_temp, Path(source).stem)),
             include_dirs=[str(build_config.CSRC)],
             extra_postargs=list(build_config.kernel_flags(source)),
@@ -76,11 +78,17 @@ def _extension(toolchain: Toolchain) -> setuptools.Extension:
         cpp_extension.CUDA_HOME = str(toolkit.home)
     return describe(
         EXTENSION,
-        [str(build_config.CSRC / source) for source in sources],
+        [_path(source) for source in sources],
         include_dirs=[str(build_config.CSRC)],
         define_macros=macros,
         extra_compile_args=flags,
     )
+
+
+def _path(source: str) -> str:
+    """As setuptools wants it in a checkout: relative."""
+    path = build_config.CSRC / source
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,18 @@ def test_in_place_build_describes_itself_and_compiles_only_what_changed(project:
     assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
 
 
+def test_editable_install_compiles_only_what_changed(project: Project):
+    install = "-m pip install --no-build-isolation --no-deps --target installed --upgrade -e .".split()
+    compiled = []
+    for _ in range(2):
+        result = project.run(*install)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (unit,) = project.root.glob("build/**/python.o")
+        compiled.append(unit.stat().st_mtime_ns)
+    assert compiled[0] == compiled[1]
+    assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
+
+
 def test_wheel_is_named_by_what_it_is_for_and_carries_the_sources(project: Project):
     result = project.run("-m", "build", "--wheel", "--no-isolation")
     assert result.returncode == 0, result.stdout + result.stderr
