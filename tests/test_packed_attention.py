@@ -77,6 +77,21 @@ def test_strides_and_inputs_unchanged():
     assert torch.equal(strided, qkv) and torch.equal(cu_seqlens, cumulative(lengths))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_more_sequences_than_threads(mode):
+    """They are shared out among threads, whose number changes nothing."""
+    lengths = (3, 0, 40, 1, 17, 8, 8, 25, 2, 64, 5)
+    outputs, threads = [], torch.get_num_threads()
+    with mode():
+        qkv, cu_seqlens = batch(lengths)
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            outputs.append(functional.packed_attention(qkv, cu_seqlens))
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(outputs[0].double(), reference(qkv, lengths), rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
 def test_sequences_do_not_see_each_other():
     qkv, cu_seqlens = batch((5, 6, 7))
     before = functional.packed_attention(qkv, cu_seqlens)

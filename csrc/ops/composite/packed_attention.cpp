@@ -59,38 +59,11 @@ struct Attention {
   double scale;
 };
 
-struct Sequence {
-  int64_t begin, length;
-};
-
-// The sequences that hold any token.
-std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
-                                   const std::optional<c10::SymInt>& max_seqlen) {
-  const auto bounds = cu_seqlens.cpu().contiguous();
-  const auto* bound = bounds.const_data_ptr<int32_t>();
-  const auto count = bounds.numel() - 1;
-  TORCH_CHECK_VALUE(bound[0] == 0 && bound[count] == tokens, "Expected cu_seqlens from 0 to the number of tokens, ",
-                    tokens, ", but got cu_seqlens from ", bound[0], " to ", bound[count]);
-  std::vector<Sequence> sequences;
-  sequences.reserve(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t length = bound[i + 1] - bound[i];
-    TORCH_CHECK_VALUE(length >= 0, "Expected cu_seqlens to ascend, but got ", bound[i], " before ", bound[i + 1]);
-    TORCH_CHECK_VALUE(!max_seqlen.has_value() || *max_seqlen >= length, "Expected no sequence longer than max_seqlen, ",
-                      *max_seqlen, ", but got one of ", length, " tokens");
-    if (length > 0) sequences.push_back({bound[i], length});
-  }
-  return sequences;
-}
-
 Tensor packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
                         std::optional<double> scale, bool causal) {
   auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, scale, causal);
-  for (const auto& [begin, length] : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
-    const auto heads_first = qkv.narrow(0, begin, length).permute({1, 2, 0, 3}).unsqueeze(1);
-    const auto context = at::scaled_dot_product_attention(heads_first.select(0, 0), heads_first.select(0, 1),
-                                                          heads_first.select(0, 2), {}, 0.0, causal, scale);
-    output.narrow(0, begin, length).copy_(context.squeeze(0).transpose(0, 1));
+  for (const auto& sequence : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
+    attend(qkv, sequence, scale, causal, output);
   }
   return output;
 }
@@ -121,6 +94,34 @@ Tensor packed_attention_backward_batched(const Tensor& grad_output, const Tensor
 }
 
 }  // namespace
+
+std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
+                                   const std::optional<c10::SymInt>& max_seqlen) {
+  const auto bounds = cu_seqlens.cpu().contiguous();
+  const auto* bound = bounds.const_data_ptr<int32_t>();
+  const auto count = bounds.numel() - 1;
+  TORCH_CHECK_VALUE(bound[0] == 0 && bound[count] == tokens, "Expected cu_seqlens from 0 to the number of tokens, ",
+                    tokens, ", but got cu_seqlens from ", bound[0], " to ", bound[count]);
+  std::vector<Sequence> sequences;
+  sequences.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t length = bound[i + 1] - bound[i];
+    TORCH_CHECK_VALUE(length >= 0, "Expected cu_seqlens to ascend, but got ", bound[i], " before ", bound[i + 1]);
+    TORCH_CHECK_VALUE(!max_seqlen.has_value() || *max_seqlen >= length, "Expected no sequence longer than max_seqlen, ",
+                      *max_seqlen, ", but got one of ", length, " tokens");
+    if (length > 0) sequences.push_back({bound[i], length});
+  }
+  return sequences;
+}
+
+void attend(const Tensor& qkv, const Sequence& sequence, std::optional<double> scale, bool causal,
+            const Tensor& output) {
+  const auto& [begin, length] = sequence;
+  const auto heads_first = qkv.narrow(0, begin, length).permute({1, 2, 0, 3}).unsqueeze(1);
+  const auto context = at::scaled_dot_product_attention(heads_first.select(0, 0), heads_first.select(0, 1),
+                                                        heads_first.select(0, 2), {}, 0.0, causal, scale);
+  output.narrow(0, begin, length).copy_(context.squeeze(0).transpose(0, 1));
+}
 
 Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal) {
   const auto dtype = qkv.scalar_type();

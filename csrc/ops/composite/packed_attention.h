@@ -5,9 +5,23 @@
 // backward.
 #pragma once
 
+#include <vector>
+
 #include "../packed_attention.h"
 
 namespace resnorm::composite {
+
+struct Sequence {
+  int64_t begin, length;
+};
+
+// The sequences that hold any token; throws where `cu_seqlens` are not bounds of `tokens` tokens.
+std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
+                                   const std::optional<c10::SymInt>& max_seqlen);
+
+// Attention within one sequence of `qkv`, into its place in `output`.
+void attend(const Tensor& qkv, const Sequence& sequence, std::optional<double> scale, bool causal,
+            const Tensor& output);
 
 Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal);
 Tensor masked_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
