@@ -11,7 +11,7 @@
 #include "ops/add_layer_norm.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
-#include "ops/cpu/operands.h"
+#include "ops/cpu/kernel_call.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/layer_norm.h"
 #include "ops/linear.h"

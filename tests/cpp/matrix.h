@@ -5,12 +5,28 @@
 
 #include <gtest/gtest.h>
 
+#include <new>
 #include <random>
 #include <vector>
 
 #include "numbers.h"
 
 namespace resnorm::cpu::testing {
+
+// Memory that starts at a multiple of 64 bytes, so that where rows start is up to the layout alone.
+template <class T>
+struct AlignedAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+
+  AlignedAllocator() = default;
+  template <class Other>
+  explicit AlignedAllocator(const AlignedAllocator<Other>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAlignment)); }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, kAlignment); }
+  bool operator==(const AlignedAllocator&) const { return true; }
+};
+using Bytes = std::vector<unsigned char, AlignedAllocator<unsigned char>>;
 
 // How a matrix lies in memory.
 struct Layout {
@@ -27,7 +43,8 @@ class Matrix {
         dtype_(dtype),
         row_stride_(cols + layout.padding),
         offset_(layout.offset),
-        storage_((kGuard + layout.offset + rows * row_stride_ + kGuard) * size_of(dtype), kGuardByte) {}
+        storage_(static_cast<std::size_t>((kGuard + layout.offset + rows * row_stride_ + kGuard) * size_of(dtype)),
+                 kGuardByte) {}
 
   static Matrix random(std::mt19937_64& generator, std::int64_t rows, std::int64_t cols, DType dtype,
                        Layout layout = {}, double mean = 0.0) {
@@ -43,7 +60,7 @@ class Matrix {
   std::int64_t cols() const { return cols_; }
   DType dtype() const { return dtype_; }
   bool present() const { return !storage_.empty(); }
-  const std::vector<unsigned char>& storage() const { return storage_; }
+  const Bytes& storage() const { return storage_; }
 
   double operator()(std::int64_t row, std::int64_t col) const { return read(data(), row * row_stride_ + col, dtype_); }
   void set(std::int64_t row, std::int64_t col, double value) { write(data(), row * row_stride_ + col, dtype_, value); }
@@ -57,13 +74,13 @@ class Matrix {
   // Nothing between and around the rows was written.
   void expect_guards_untouched() const {
     if (!present()) return;
-    std::vector<unsigned char> outside = storage_;
+    Bytes outside = storage_;
     const auto size = size_of(dtype_);
     for (std::int64_t row = 0; row < rows_; ++row) {
-      const auto begin = outside.begin() + static_cast<std::ptrdiff_t>((kGuard + offset_ + row * row_stride_) * size);
-      std::fill(begin, begin + static_cast<std::ptrdiff_t>(cols_ * size), kGuardByte);
+      const auto begin = outside.begin() + (kGuard + offset_ + row * row_stride_) * size;
+      std::fill(begin, begin + cols_ * size, kGuardByte);
     }
-    EXPECT_EQ(outside, std::vector<unsigned char>(storage_.size(), kGuardByte)) << "written outside of the rows";
+    EXPECT_EQ(outside, Bytes(storage_.size(), kGuardByte)) << "written outside of the rows";
   }
 
  private:
@@ -76,7 +93,7 @@ class Matrix {
   std::int64_t rows_ = 0, cols_ = 0;
   DType dtype_ = DType::kFloat32;
   std::int64_t row_stride_ = 0, offset_ = 0;
-  std::vector<unsigned char> storage_;
+  Bytes storage_;
 };
 
 // Values of the reference: float64, contiguous.

@@ -14,17 +14,6 @@
 
 namespace resnorm::cpu::testing {
 
-inline std::size_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
 inline const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
@@ -87,7 +76,7 @@ inline const std::vector<double>& values_of(DType half) {
 }
 
 inline double read(const void* data, std::int64_t index, DType dtype) {
-  const auto* at = static_cast<const unsigned char*>(data) + index * static_cast<std::int64_t>(size_of(dtype));
+  const auto* at = static_cast<const unsigned char*>(data) + index * size_of(dtype);
   if (dtype == DType::kFloat64) {
     double value;
     std::memcpy(&value, at, sizeof value);
@@ -104,7 +93,7 @@ inline double read(const void* data, std::int64_t index, DType dtype) {
 }
 
 inline void write(void* data, std::int64_t index, DType dtype, double value) {
-  auto* at = static_cast<unsigned char*>(data) + index * static_cast<std::int64_t>(size_of(dtype));
+  auto* at = static_cast<unsigned char*>(data) + index * size_of(dtype);
   if (dtype == DType::kFloat64) {
     std::memcpy(at, &value, sizeof value);
   } else if (dtype == DType::kFloat32) {

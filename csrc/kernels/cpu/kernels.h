@@ -1,118 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CPU kernels compute and the arguments they take: raw pointers, sizes, strides. Nothing here knows of
-// torch, so the kernels compile in seconds and are tested alone.
-//
-// Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
-// accumulation and the column sums of a backward pass are of the accumulation type: float64 where the sum (layer_norm's
-// input; stored or not) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A
-// null data pointer means that the operand is absent.
+// The CPU kernels as a table for each instruction set, and how they are run in parallel.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "../arguments.h"
+
 namespace resnorm::cpu {
-
-enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-struct ConstRows {
-  const void* data = nullptr;
-  std::int64_t row_stride = 0;  // in elements
-  DType dtype = DType::kFloat32;
-};
-
-struct Rows {
-  void* data = nullptr;
-  std::int64_t row_stride = 0;  // in elements
-  DType dtype = DType::kFloat32;
-};
-
-struct ConstVector {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
-
-struct Vector {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-};
-
-// Element e = row * cols + column of the logical matrix takes the 16-bit draw philox.h gives it and is dropped where
-// the draw is below `threshold`; kept values are multiplied by `scale`. 0 is no dropout; 65536 drops everything, and
-// then even a NaN or Inf contributes nothing.
-struct Dropout {
-  std::uint32_t threshold = 0;
-  float scale = 1.0F;
-  std::uint64_t seed = 0;
-};
-
-// output = (input - mean) * rstd * weight + bias, row by row. `output` may be `input`.
-struct LayerNormForward {
-  std::int64_t rows, cols;
-  ConstRows input;
-  ConstVector weight, bias;
-  double eps;
-  Rows output;
-  void* mean = nullptr;  // rows values of the accumulation type, or null when no backward will follow
-  void* rstd = nullptr;
-};
-
-struct LayerNormBackward {
-  std::int64_t rows, cols;
-  ConstRows grad_output, input;
-  ConstVector weight;
-  const void* mean;
-  const void* rstd;
-  Rows grad_input;
-  Vector grad_weight, grad_bias;
-  void* workspace = nullptr;  // backward_workspace_bytes(...) bytes
-};
-
-// sum = residual + dropout(input + input_bias); output = layer_norm(sum), taken from the unrounded sum.
-// `sum` may be `residual`, `output` may be `input`. A sum that is not stored still has a dtype, which counts for the
-// accumulation type.
-struct AddLayerNormForward {
-  std::int64_t rows, cols;
-  ConstRows input, residual;
-  ConstVector input_bias, weight, bias;
-  Dropout dropout;
-  double eps;
-  Rows output, sum;
-  void* mean = nullptr;
-  void* rstd = nullptr;
-};
-
-// grad_residual = grad_sum + d output / d sum * grad_output; grad_input = dropout'(grad_residual).
-struct AddLayerNormBackward {
-  std::int64_t rows, cols;
-  ConstRows grad_output, grad_sum, sum;
-  ConstVector weight;
-  const void* mean;
-  const void* rstd;
-  Dropout dropout;
-  Rows grad_input, grad_residual;
-  Vector grad_weight, grad_bias, grad_input_bias;
-  void* workspace = nullptr;
-};
-
-// output = residual + dropout(input + input_bias). `output` may be `residual` or `input`.
-struct ResidualAddForward {
-  std::int64_t rows, cols;
-  ConstRows input, residual;
-  ConstVector input_bias;
-  Dropout dropout;
-  Rows output;
-};
-
-// grad_input = dropout'(grad_output). The gradient of the residual is grad_output itself.
-struct ResidualAddBackward {
-  std::int64_t rows, cols;
-  ConstRows grad_output;
-  Dropout dropout;
-  Rows grad_input;
-  Vector grad_input_bias;
-  void* workspace = nullptr;
-};
 
 // Calls body(context, begin, end) over ranges that cover [0, count), on as many threads as the caller owns; no range
 // but the last is shorter than `grain`.

@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "../overlap.h"
-#include "operands.h"
+#include "kernel_call.h"
 
 namespace resnorm {
 
@@ -19,14 +19,10 @@ struct Parameters {
 };
 
 struct Results {
-  cpu::Rows output, sum;  // a sum that is not stored has its dtype alone
+  Rows output, sum;  // a sum that is not stored has its dtype alone
   void* mean = nullptr;
   void* rstd = nullptr;
 };
-
-cpu::Rows unstored_sum(const Tensor& input, const Tensor& residual, std::optional<at::ScalarType> residual_dtype) {
-  return {.dtype = kernel_dtype(sum_dtype(input, residual, residual_dtype))};
-}
 
 void run_forward(const Tensor& input, const Tensor& residual, int64_t row_dims, const Parameters& parameters,
                  const Results& results) {
@@ -60,7 +56,8 @@ std::tuple<Tensor, Tensor> add_layer_norm_cpu(const Tensor& input, const Tensor&
   if (output.numel() == 0) return results;
   const auto row_dims = static_cast<int64_t>(normalized_shape.size());
   const auto cols = row_counts(output, row_dims).cols;
-  const auto sum_rows = prenorm ? result_rows(sum, cols, true) : unstored_sum(input, residual, residual_dtype);
+  const auto sum_rows =
+      prenorm ? result_rows(sum, cols, true) : unstored_rows(sum_dtype(input, residual, residual_dtype));
   run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
               {.output = result_rows(output, cols, true), .sum = sum_rows});
   return results;
@@ -79,9 +76,10 @@ void add_layer_norm_out_cpu(const Tensor& input, const Tensor& residual, c10::Sy
   OutputRows output_rows(output, row_dims);
   std::optional<OutputRows> sum_rows;
   if (sum.has_value()) sum_rows.emplace(*sum, row_dims);
-  run_forward(input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
-              {.output = output_rows.rows(),
-               .sum = sum_rows.has_value() ? sum_rows->rows() : unstored_sum(input, residual, residual_dtype)});
+  run_forward(
+      input, residual, row_dims, {weight, bias, eps, input_bias, dropout_p, seed},
+      {.output = output_rows.rows(),
+       .sum = sum_rows.has_value() ? sum_rows->rows() : unstored_rows(sum_dtype(input, residual, residual_dtype))});
   output_rows.commit();
   if (sum_rows.has_value()) sum_rows->commit();
 }
@@ -125,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
       {.rows = counts.rows,
        .cols = counts.cols,
        .grad_output = grad_output_rows.const_rows(),
-       .grad_sum = grad_sum_rows.has_value() ? grad_sum_rows->const_rows() : cpu::ConstRows{},
+       .grad_sum = grad_sum_rows.has_value() ? grad_sum_rows->const_rows() : ConstRows{},
        .sum = sum_rows.const_rows(),
        .weight = weight_view.const_vector(),
        .mean = mean_view.const_vector().data,

@@ -4,14 +4,14 @@
 #include <torch/library.h>
 
 #include "../overlap.h"
-#include "operands.h"
+#include "kernel_call.h"
 
 namespace resnorm {
 
 namespace {
 
 void run_forward(const Tensor& input, int64_t row_dims, const OptionalTensor& weight, const OptionalTensor& bias,
-                 double eps, cpu::Rows output, void* mean, void* rstd) {
+                 double eps, Rows output, void* mean, void* rstd) {
   const auto counts = row_counts(input, row_dims);
   const RowView input_rows(input, row_dims);
   const VectorView weight_view(weight), bias_view(bias);

@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "../overlap.h"
-#include "operands.h"
+#include "kernel_call.h"
 
 namespace resnorm {
 
@@ -14,7 +14,7 @@ namespace {
 int64_t row_dims_of(const Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
 
 void run_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
-                 const OptionalTensor& seed, cpu::Rows output) {
+                 const OptionalTensor& seed, Rows output) {
   const auto row_dims = row_dims_of(input);
   const auto counts = row_counts(input, row_dims);
   const RowView input_rows(input, row_dims), residual_rows(residual, row_dims);

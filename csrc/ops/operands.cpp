@@ -1,13 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "operands.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-
-#include <stdexcept>
-
-#include "../../kernels/cpu/dispatch.h"
-#include "../dropout.h"
 
 namespace resnorm {
 
@@ -41,7 +35,7 @@ RowView::RowView(const at::Tensor& tensor, int64_t row_dims) {
   row_stride_ = row_stride.has_value() ? *row_stride : row_counts(tensor, row_dims).cols;
 }
 
-cpu::ConstRows RowView::const_rows() const {
+ConstRows RowView::const_rows() const {
   return {tensor_.const_data_ptr(), row_stride_, kernel_dtype(tensor_.scalar_type())};
 }
 
@@ -51,9 +45,7 @@ OutputRows::OutputRows(at::Tensor output, int64_t row_dims) : output_(std::move(
   row_stride_ = row_stride.has_value() ? *row_stride : row_counts(output_, row_dims).cols;
 }
 
-cpu::Rows OutputRows::rows() const {
-  return {target_.mutable_data_ptr(), row_stride_, kernel_dtype(target_.scalar_type())};
-}
+Rows OutputRows::rows() const { return {target_.mutable_data_ptr(), row_stride_, kernel_dtype(target_.scalar_type())}; }
 
 void OutputRows::commit() {
   if (!target_.is_same(output_)) output_.copy_(target_);
@@ -63,31 +55,33 @@ VectorView::VectorView(const std::optional<at::Tensor>& tensor) {
   if (tensor.has_value()) tensor_ = tensor->contiguous();
 }
 
-cpu::ConstVector VectorView::const_vector() const {
+ConstVector VectorView::const_vector() const {
   if (!tensor_.defined()) return {};
   return {tensor_.const_data_ptr(), kernel_dtype(tensor_.scalar_type())};
 }
 
-cpu::Rows result_rows(const at::Tensor& result, int64_t cols, bool wanted) {
+Rows result_rows(const at::Tensor& result, int64_t cols, bool wanted) {
   if (!wanted) return {};
   return {result.mutable_data_ptr(), cols, kernel_dtype(result.scalar_type())};
 }
 
-cpu::Vector result_vector(const at::Tensor& result, bool wanted) {
+Rows unstored_rows(at::ScalarType dtype) { return {.dtype = kernel_dtype(dtype)}; }
+
+Vector result_vector(const at::Tensor& result, bool wanted) {
   if (!wanted) return {};
   return {result.mutable_data_ptr(), kernel_dtype(result.scalar_type())};
 }
 
-cpu::DType kernel_dtype(at::ScalarType dtype) {
+DType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
-      return cpu::DType::kFloat32;
+      return DType::kFloat32;
     case at::kDouble:
-      return cpu::DType::kFloat64;
+      return DType::kFloat64;
     case at::kBFloat16:
-      return cpu::DType::kBFloat16;
+      return DType::kBFloat16;
     case at::kHalf:
-      return cpu::DType::kFloat16;
+      return DType::kFloat16;
     default:
       TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
   }
@@ -97,29 +91,6 @@ RowCounts row_counts(const at::Tensor& tensor, int64_t row_dims) {
   const auto sizes = tensor.sizes();
   const auto leading = sizes.size() - row_dims;
   return {c10::multiply_integers(sizes.slice(0, leading)), c10::multiply_integers(sizes.slice(leading))};
-}
-
-cpu::Dropout kernel_dropout(double p, const std::optional<at::Tensor>& seed) {
-  const auto threshold = dropout_threshold(p);
-  if (threshold == 0) return {};
-  return {threshold, dropout_scale(threshold), static_cast<std::uint64_t>(seed->item<int64_t>())};
-}
-
-at::Tensor backward_workspace(RowCounts counts, int column_sums, at::ScalarType accumulation) {
-  const auto bytes = cpu::backward_workspace_bytes(counts.rows, counts.cols, column_sums, kernel_dtype(accumulation));
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
-}
-
-const cpu::KernelTable& cpu_kernels() {
-  try {
-    return cpu::kernels();
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
-}
-
-void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void* context) {
-  at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 }  // namespace resnorm
