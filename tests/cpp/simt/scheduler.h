@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The threads and blocks of the cluster that runs, and who goes on next.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "fiber.h"
+#include "operations.h"
+
+namespace resnorm::simt {
+
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kMaxBarriers = 16;
+
+enum class State : std::uint8_t { kReady, kInWarp, kAtBarrier, kAtCluster, kLeft };
+
+struct Thread {
+  Fiber fiber;
+  State state = State::kLeft;
+  int index = 0, block = 0, rank = 0;
+  int warp = 0;  // in the cluster
+  int barrier_id = 0;
+
+  bool arrived_at_cluster = false;  // and has not waited yet
+  unsigned cluster_phase = 0;       // when it arrived
+  bool cluster_has_met = false;     // this thread knows that all blocks have started
+  bool stored_remotely = false;     // since it last arrived
+
+  std::vector<Copy> copies;
+  std::size_t copies_taken = 0;
+  int copy_group = 0;
+};
+
+// Two banks, taken in turn: a lane may be in the next operation while another has still to leave this one. It cannot
+// get further ahead. Barriers alternate likewise between two tags for ThreadSanitizer: with one, a thread that leaves
+// late would acquire what others did after they left.
+struct Warp {
+  int arrived = 0, live = 0, bank = 0, operation = 0;
+  std::uint64_t values[2][kWarpThreads] = {};
+  char tags[2] = {};
+};
+
+struct Barrier {
+  int arrived = 0, threads = 0, bank = 0;
+  char tags[2] = {};
+};
+
+struct Free {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+
+struct Block {
+  std::unique_ptr<unsigned char, Free> shared;
+  Barrier barriers[kMaxBarriers];
+  int live = 0;
+  std::vector<Warp> warps;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  int live = 0, arrived = 0;
+  unsigned phase = 0;
+  char tags[2] = {};
+};
+
+Order current_order();
+Cluster& cluster();
+Thread& self();
+Thread& thread_at(int rank, int index);
+inline Block& own_block() { return cluster().blocks[self().rank]; }
+inline Warp& own_warp() { return own_block().warps[self().index / kWarpThreads]; }
+
+void make_ready(Thread& thread);
+// Lets others go on until somebody makes this thread ready.
+void wait_as(State state);
+// Lets others go on.
+void give_way();
+
+// In operations.cpp: whether the thread may leave now.
+void check_leaving(Thread& thread);
+
+}  // namespace resnorm::simt

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The primitives of primitives.cuh on the CPU, for kernels that are compiled by the host's compiler and run by
+// simt::launch. Where the device would do whatever it likes, these fail: see tests/cpp/simt/simt_test.cpp.
+//
+// They order memory as little as CUDA promises. A shuffle orders nothing, barriers do, and an asynchronous copy is made
+// as late as it may be: when the thread that issued it waits. Until then its destination is NaN.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "launch.h"
+#include "operations.h"
+
+namespace resnorm::cuda {
+
+inline int thread_index() { return simt::position().thread; }
+inline int block_index() { return simt::position().block; }
+inline int grid_blocks() { return simt::current_launch().grid; }
+inline int block_threads() { return simt::current_launch().block; }
+
+// NaN until written, and of the exact size, so that AddressSanitizer sees one byte too many.
+inline unsigned char* shared_memory() { return simt::shared_memory(); }
+
+inline float bits_to_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
+inline std::uint32_t float_to_bits(float value) { return std::bit_cast<std::uint32_t>(value); }
+
+inline float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline double reciprocal_sqrt(double x) { return 1.0 / std::sqrt(x); }
+
+inline float shuffle_xor(float value, int distance) {
+  return bits_to_float(static_cast<std::uint32_t>(simt::exchange(float_to_bits(value), distance, sizeof value)));
+}
+inline double shuffle_xor(double value, int distance) {
+  return std::bit_cast<double>(simt::exchange(std::bit_cast<std::uint64_t>(value), distance, sizeof value));
+}
+
+inline void warp_barrier() { simt::meet_warp(); }
+inline void barrier(int id, int threads) { simt::meet_barrier(id, threads); }
+
+inline int cluster_rank() { return simt::position().rank; }
+inline int cluster_blocks() { return simt::current_launch().cluster; }
+inline void cluster_arrive() { simt::arrive_at_cluster(); }
+inline void cluster_wait() { simt::wait_for_cluster(); }
+
+inline void store_remote(float* at, int rank, float value) {
+  *static_cast<float*>(simt::remote_address(at, sizeof value, rank)) = value;
+}
+inline void store_remote(double* at, int rank, double value) {
+  *static_cast<double*>(simt::remote_address(at, sizeof value, rank)) = value;
+}
+
+// Copies, because the words were written as numbers of another type.
+template <class Words>
+Words load_words(simt::Access access, const void* from, std::size_t alignment) {
+  static_assert(std::is_trivially_copyable_v<Words>);
+  simt::note_access(access, from, sizeof(Words), alignment);
+  Words words;
+  std::memcpy(static_cast<void*>(&words), from, sizeof words);
+  return words;
+}
+
+template <class Words>
+Words load_once(const void* from) {
+  return load_words<Words>(simt::Access::kLoadOnce, from, alignof(Words));
+}
+template <class Words>
+Words load_kept(const void* from) {
+  return load_words<Words>(simt::Access::kLoadKept, from, alignof(Words));
+}
+template <class Words>
+Words load_staged(const void* from) {
+  static_assert(sizeof(Words) == 16);
+  return load_words<Words>(simt::Access::kLoadStaged, from, 16);
+}
+template <class Words>
+void store(void* to, const Words& words) {
+  static_assert(std::is_trivially_copyable_v<Words>);
+  simt::note_access(simt::Access::kStore, to, sizeof words, alignof(Words));
+  std::memcpy(to, static_cast<const void*>(&words), sizeof words);
+}
+
+inline void async_copy16(void* shared, const void* global) {
+  simt::begin_copy(shared, global);
+  simt::note_access(simt::Access::kCopyTo, shared, 16, 16);
+  std::memset(shared, 0xFF, 16);
+}
+inline void async_commit() { simt::commit_copies(); }
+template <int kPending>
+void async_wait() {
+  simt::Copy copy;
+  while (simt::take_copy(kPending, copy)) {
+    simt::note_access(simt::Access::kCopyTo, copy.to, 16, 16);
+    simt::note_access(simt::Access::kCopyFrom, copy.from, 16, 16);
+    std::memcpy(copy.to, copy.from, 16);
+  }
+}
+
+}  // namespace resnorm::cuda
