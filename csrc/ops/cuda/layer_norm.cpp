@@ -1,43 +1,37 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// layer_norm's forward on CUDA; out= and the backward pass take torch's operators (composite/).
 #include "../layer_norm.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../../kernels/cuda/layer_norm_forward.h"
-#include "../cpu/operands.h"
+#include "../overlap.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 
 namespace resnorm {
 
 namespace {
 
-void run_forward(const Tensor& input, int64_t row_dims, const OptionalTensor& weight, const OptionalTensor& bias,
-                 double eps, const Tensor& output, void* mean, void* rstd) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  const auto counts = row_counts(input, row_dims);
-  const RowView input_rows(input, row_dims);
-  const VectorView weight_view(weight), bias_view(bias);
-  C10_CUDA_CHECK(cuda::layer_norm_forward({.rows = counts.rows,
-                                           .cols = counts.cols,
-                                           .input = input_rows.const_rows(),
-                                           .weight = weight_view.const_vector(),
-                                           .bias = bias_view.const_vector(),
-                                           .eps = eps,
-                                           .output = result_rows(output, counts.cols, true),
-                                           .mean = mean,
-                                           .rstd = rstd},
-                                          c10::cuda::getCurrentCUDAStream()));
-}
-
 Tensor layer_norm_cuda(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                        const OptionalTensor& bias, double eps) {
   auto output = layer_norm_meta(input, normalized_shape, weight, bias, eps);
   if (output.numel() == 0) return output;
-  run_forward(input, static_cast<int64_t>(normalized_shape.size()), weight, bias, eps, output, nullptr, nullptr);
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto cols = row_counts(output, row_dims).cols;
+  norm_forward_cuda("layer_norm", row_dims, {.input = input, .weight = weight, .bias = bias, .eps = eps},
+                    {.output = result_rows(output, cols, true)});
   return output;
+}
+
+void layer_norm_out_cuda(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                         const OptionalTensor& bias, double eps, Tensor output) {
+  layer_norm_out_meta(input, normalized_shape, weight, bias, eps, output);
+  check_overlap(output, {input}, {weight, bias});
+  if (output.numel() == 0) return;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  OutputRows output_rows(output, row_dims);
+  norm_forward_cuda("layer_norm", row_dims, {.input = input, .weight = weight, .bias = bias, .eps = eps},
+                    {.output = output_rows.rows()});
+  output_rows.commit();
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_cuda(const Tensor& input, c10::SymIntArrayRef normalized_shape,
@@ -46,8 +40,29 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_cuda(const Tensor& input, 
   auto results = layer_norm_forward_meta(input, normalized_shape, weight, bias, eps);
   const auto& [output, mean, rstd] = results;
   if (output.numel() == 0) return results;
-  run_forward(input, static_cast<int64_t>(normalized_shape.size()), weight, bias, eps, output, mean.mutable_data_ptr(),
-              rstd.mutable_data_ptr());
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto cols = row_counts(output, row_dims).cols;
+  norm_forward_cuda(
+      "layer_norm", row_dims, {.input = input, .weight = weight, .bias = bias, .eps = eps},
+      {.output = result_rows(output, cols, true), .mean = mean.mutable_data_ptr(), .rstd = rstd.mutable_data_ptr()});
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(const Tensor& grad_output, const Tensor& input,
+                                                            c10::SymIntArrayRef normalized_shape,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const Tensor& mean, const Tensor& rstd, double eps,
+                                                            std::array<bool, 3> output_mask) {
+  auto results =
+      layer_norm_backward_meta(grad_output, input, normalized_shape, weight, bias, mean, rstd, eps, output_mask);
+  const auto& [grad_input, grad_weight, grad_bias] = results;
+  const auto row_dims = static_cast<int64_t>(normalized_shape.size());
+  const auto cols = row_counts(input, row_dims).cols;
+  if (cols == 0) return results;  // all of them empty
+  norm_backward_cuda("layer_norm", row_dims, {false, grad_output, input, std::nullopt, weight, mean, rstd},
+                     {.grad_input = result_rows(grad_input, cols, output_mask[0]),
+                      .grad_weight = result_vector(grad_weight, output_mask[1]),
+                      .grad_bias = result_vector(grad_bias, output_mask[2])});
   return results;
 }
 
@@ -55,7 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_cuda(const Tensor& input, 
 
 TORCH_LIBRARY_IMPL(resnorm, CUDA, m) {
   m.impl("layer_norm", layer_norm_cuda);
+  m.impl("layer_norm_out", layer_norm_out_cuda);
   m.impl("_layer_norm_forward", layer_norm_forward_cuda);
+  m.impl("_layer_norm_backward", layer_norm_backward_cuda);
 }
 
 }  // namespace resnorm

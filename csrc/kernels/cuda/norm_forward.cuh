@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// output = layer_norm(sum) * weight + bias of sum = residual + dropout(input + input_bias), or of sum = input: one read
+// and one write of every element.
+//
+// A row lives in registers as float32, loaded whole before anything is computed, because loads in flight are what keeps
+// the memory busy. kLanes threads of a warp share a row; kLanes == 0: a block, or with kCluster a cluster of blocks.
+// Each thread owns kItems vectors of kVector elements, so threads * kVector * kItems * blocks of the cluster >= cols.
+// Bytes moved: rows * (cols * (input, output, residual, the sum if stored) + mean and rstd if stored); the parameters
+// stay in L1.
+//
+// Numerics, as on the CPU: with d = x - mean and delta = sum(d) / N, which is what rounding left in the mean,
+// variance = sum(d^2) / N - delta^2 and output = (d - delta) * rstd * weight + bias.
+#pragma once
+
+#include "dropout.cuh"
+#include "row_access.cuh"
+#include "row_sum.cuh"
+
+namespace resnorm::cuda {
+
+// Strides in elements. What is absent is null.
+struct NormForwardArguments {
+  const void *input, *residual, *input_bias, *weight, *bias;
+  void *output, *sum;
+  float *mean, *rstd;
+  const std::int64_t* seed;  // on the device, so that a captured graph draws anew with each replay
+  std::int64_t rows, input_stride, residual_stride, output_stride, sum_stride;
+  int cols;
+  bool float32_parameters;  // beside a half-precision input
+  int first_element;        // of row 0, modulo kVector; of row r it is r * input_stride more
+  float reciprocal_cols, eps;
+  std::uint32_t threshold;
+  float scale;
+};
+
+template <class Input_, class Residual_, class Sum_>
+struct NormTypes {
+  using Input = Input_;
+  using Residual = Residual_;
+  using Sum = Sum_;
+};
+
+template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
+          int kMaxThreads>
+RESNORM_KERNEL(kMaxThreads, 1024 / kMaxThreads)
+norm_forward(const NormForwardArguments a) {
+  using Input = typename Types::Input;
+  using Residual = typename Types::Residual;
+  using Sum = typename Types::Sum;
+  const int row_threads = kLanes == 0 ? block_threads() : kLanes;
+  const RowGroup<kLanes, kCluster> group{kLanes == 0 ? thread_index() : thread_index() % kLanes, row_threads, 1};
+  const int rank = kCluster ? cluster_rank() : 0;
+  const std::int64_t rows_per_block = kLanes == 0 ? 1 : block_threads() / row_threads;
+  const std::int64_t row = kLanes == 0 ? block_index() / (kCluster ? cluster_blocks() : 1)
+                                       : block_index() * rows_per_block + thread_index() / row_threads;
+  const bool live = row < a.rows;            // threads without a row stay, because shuffles take the whole warp
+  if constexpr (kCluster) cluster_arrive();  // nobody may write into a block that has not started
+
+  const int step = row_threads * kVector;
+  int base = rank * step * kItems + group.thread * kVector;
+  if constexpr (kShifted) base -= static_cast<int>((a.first_element + row * a.input_stride) % kVector);
+  const auto* input = static_cast<const Input*>(a.input) + row * a.input_stride;
+  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride;
+  const int cols = live ? a.cols : 0;  // without a row, no column is inside
+
+  Words<kVector * sizeof(Input)> input_words[kItems];
+  Words<kVector * sizeof(Residual)> residual_words[kAdds ? kItems : 1];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    input_words[i] = load_vector<Input, kVector, kShifted>(input, base + i * step, cols);
+    if constexpr (kAdds) residual_words[i] = load_vector<Residual, kVector, kShifted>(residual, base + i * step, cols);
+  }
+  const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
+
+  const auto is_inside = [&](int i) {
+    const int column = base + i * step;
+    return kShifted ? column + kVector > 0 && column < cols : column < cols;
+  };
+  // Whether element k of a vector that is inside belongs to the row.
+  const auto is_element = [&](int i, int k) {
+    return !kShifted || (base + i * step + k >= 0 && base + i * step + k < cols);
+  };
+
+  float x[kItems][kVector], total[1] = {0.0F};
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int column = base + i * step;
+    Codec<Input>::template unpack<kVector>(input_words[i], x[i]);
+    if constexpr (kAdds) {
+      if (a.input_bias != nullptr && is_inside(i)) {
+        float bias[kVector];
+        load_parameter<Input, kVector, kShifted>(a.input_bias, a.float32_parameters, column, cols, bias);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) x[i][k] += bias[k];
+      }
+      if constexpr (kDrops) {
+        apply_dropout<kVector>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
+      }
+      float addend[kVector];
+      Codec<Residual>::template unpack<kVector>(residual_words[i], addend);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[i][k] += addend[k];
+      if (a.sum != nullptr && is_inside(i)) {
+        store_vector<Sum, kVector, kShifted>(static_cast<Sum*>(a.sum) + row * a.sum_stride, column, cols, x[i]);
+      }
+    }
+    total[0] += sum_of<kVector>(x[i]);
+  }
+
+  float* slot = reinterpret_cast<float*>(shared_memory());
+  if constexpr (kCluster) cluster_wait();
+  group.sum(total, slot);
+  const float rounded_mean = total[0] * a.reciprocal_cols;
+  float moments[2] = {0.0F, 0.0F};  // of the deviations
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (!is_inside(i)) continue;
+    float squares[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      x[i][k] = is_element(i, k) ? x[i][k] - rounded_mean : 0.0F;
+      squares[k] = x[i][k] * x[i][k];
+    }
+    moments[0] += sum_of<kVector>(x[i]);
+    moments[1] += sum_of<kVector>(squares);
+  }
+  group.sum(moments, slot + RowGroup<kLanes, kCluster>::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1));
+  const float delta = moments[0] * a.reciprocal_cols;
+  const float variance = moments[1] * a.reciprocal_cols - delta * delta;
+  const float rstd = reciprocal_sqrt((variance < 0.0F ? 0.0F : variance) + a.eps);  // a NaN stays one
+  if (live && group.thread == 0 && rank == 0 && a.mean != nullptr) {
+    a.mean[row] = rounded_mean + delta;
+    a.rstd[row] = rstd;
+  }
+
+  // The parameters last: loaded early they take registers from the loads of the rows, and L1 has them.
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (!is_inside(i)) continue;
+    const int column = base + i * step;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd;
+    float parameter[kVector];
+    if (a.weight != nullptr) {
+      load_parameter<Input, kVector, kShifted>(a.weight, a.float32_parameters, column, cols, parameter);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[i][k] *= parameter[k];
+    }
+    if (a.bias != nullptr) {
+      load_parameter<Input, kVector, kShifted>(a.bias, a.float32_parameters, column, cols, parameter);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[i][k] += parameter[k];
+    }
+    store_vector<Input, kVector, kShifted>(static_cast<Input*>(a.output) + row * a.output_stride, column, cols, x[i]);
+  }
+}
+
+}  // namespace resnorm::cuda

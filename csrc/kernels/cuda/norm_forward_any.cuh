@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// norm_forward.cuh's function for any types, strides, alignment and number of columns: a block a row, element by
+// element, and the row is read three times, the last two from cache where it fits.
+#pragma once
+
+#include "dropout.cuh"
+#include "element.cuh"
+#include "row_sum.cuh"
+
+namespace resnorm::cuda {
+
+inline constexpr int kAnyThreads = 256;
+
+// One value after dropout: exactly 0, or scaled.
+template <class Value>
+RESNORM_DEVICE Value dropped(Value value, std::int64_t element, std::uint64_t seed, const Dropout& dropout) {
+  float scale[1] = {1.0F};
+  apply_dropout(scale, element, seed, dropout.threshold, dropout.scale);
+  return scale[0] == 0.0F ? Value(0) : value * static_cast<Value>(scale[0]);
+}
+
+// Accumulates in Value. `a.residual` is absent for a plain layer norm; the seed of `a.dropout` is at `seed`.
+template <class Value>
+RESNORM_KERNEL(kAnyThreads, 1)
+norm_forward_any(const AddLayerNormForward a, const std::int64_t* seed_address) {
+  const RowGroup<0, false> group{thread_index(), block_threads(), 1};
+  Value* slot = reinterpret_cast<Value*>(shared_memory());
+  const int slot_size = RowGroup<0, false>::slot_size(block_threads(), 1, 2);
+  const auto seed = a.dropout.threshold > 0 ? static_cast<std::uint64_t>(*seed_address) : 0;
+  const auto count = static_cast<Value>(a.cols);
+
+  for (std::int64_t row = block_index(); row < a.rows; row += grid_blocks()) {
+    const auto sum_at = [&](std::int64_t column) {
+      auto value = load_element<Value>(a.input.data, a.input.dtype, row * a.input.row_stride + column);
+      if (a.input_bias.data != nullptr) {
+        value += load_element<Value>(a.input_bias.data, a.input_bias.dtype, column);
+      }
+      if (a.dropout.threshold > 0) {
+        value = dropped(value, row * a.cols + column, seed, a.dropout);
+      }
+      if (a.residual.data == nullptr) return value;
+      return value + load_element<Value>(a.residual.data, a.residual.dtype, row * a.residual.row_stride + column);
+    };
+    Value total[2] = {};  // two, so that consecutive sums take slots of one size in turns
+    for (std::int64_t column = thread_index(); column < a.cols; column += block_threads()) total[0] += sum_at(column);
+    group.sum(total, slot);
+    const Value rounded_mean = total[0] / count;
+    Value moments[2] = {};
+    for (std::int64_t column = thread_index(); column < a.cols; column += block_threads()) {
+      const Value deviation = sum_at(column) - rounded_mean;
+      moments[0] += deviation;
+      moments[1] += deviation * deviation;
+    }
+    group.sum(moments, slot + slot_size);
+    const Value delta = moments[0] / count, variance = moments[1] / count - delta * delta;
+    const Value rstd = reciprocal_sqrt((variance < Value(0) ? Value(0) : variance) + static_cast<Value>(a.eps));
+    if (thread_index() == 0 && a.mean != nullptr) {
+      static_cast<Value*>(a.mean)[row] = rounded_mean + delta;
+      static_cast<Value*>(a.rstd)[row] = rstd;
+    }
+    for (std::int64_t column = thread_index(); column < a.cols; column += block_threads()) {
+      const Value sum = sum_at(column);  // before anything is written, because results may be written over inputs
+      Value value = (sum - rounded_mean - delta) * rstd;
+      if (a.weight.data != nullptr) value *= load_element<Value>(a.weight.data, a.weight.dtype, column);
+      if (a.bias.data != nullptr) value += load_element<Value>(a.bias.data, a.bias.dtype, column);
+      if (a.sum.data != nullptr) store_element(a.sum.data, a.sum.dtype, row * a.sum.row_stride + column, sum);
+      store_element(a.output.data, a.output.dtype, row * a.output.row_stride + column, value);
+    }
+  }
+}
+
+}  // namespace resnorm::cuda

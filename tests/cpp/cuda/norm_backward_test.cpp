@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The backward kernels, from the entry point on, in the emulation of a GPU.
+#include "kernels/cuda/norm_backward.h"
+
+#include "../fixture.h"
+#include "../layer_norm_reference.h"
+#include "kernels/cuda/plan.h"
+#include "launch.h"
+
+namespace resnorm::cuda::testing {
+namespace {
+
+using namespace cpu::testing;
+
+constexpr std::int64_t kSeed = 0x123456789ABCDEF;
+constexpr Device kDevice = {90, 4};
+
+struct Types {
+  DType gradient, residual, sum, parameters;
+};
+
+std::ostream& operator<<(std::ostream& out, const Types& types) {
+  return out << name_of(types.gradient) << "+" << name_of(types.residual) << " -> " << name_of(types.sum) << ", "
+             << name_of(types.parameters);
+}
+
+struct Options {
+  bool adds = false, affine = true, input_bias = false, grad_sum = false, grad_residual = false;
+  double dropout_p = 0.0;
+  double mean = 0.0;
+};
+
+struct Problem {
+  Matrix grad_output, grad_sum, sum, weight, mean, rstd;
+  Matrix grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias;
+  Dropout dropout;
+  KeepMask kept;
+  DType accumulation;
+  bool adds;
+
+  Problem(std::mt19937_64& generator, Shape shape, Types types, Layout layout, Options options)
+      : dropout(dropout_of(options.adds ? options.dropout_p : 0.0, kSeed)),
+        kept(dropout, shape),
+        accumulation(accumulation_of({types.gradient, types.sum})),
+        adds(options.adds) {
+    const auto [rows, cols] = shape;
+    const Layout aligned_as{0, layout.offset};
+    sum = Matrix::random(generator, rows, cols, types.sum, layout, options.mean);
+    grad_output = Matrix::random(generator, rows, cols, types.gradient, layout);
+    grad_input = Matrix(rows, cols, types.gradient, layout);
+    if (adds && options.grad_sum) grad_sum = Matrix::random(generator, rows, cols, types.sum, layout);
+    if (adds && options.grad_residual) grad_residual = Matrix(rows, cols, types.residual, layout);
+    if (options.affine) {
+      weight = Matrix::random(generator, 1, cols, types.parameters, aligned_as, 1.0);
+      grad_weight = grad_bias = Matrix(1, cols, types.parameters, aligned_as);
+    }
+    if (adds && options.input_bias) grad_input_bias = Matrix(1, cols, types.parameters, aligned_as);
+    mean = rstd = Matrix(1, rows, accumulation);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      long double total = 0, squares = 0;
+      for (std::int64_t col = 0; col < cols; ++col) total += sum(row, col);
+      const long double exact = total / cols;
+      for (std::int64_t col = 0; col < cols; ++col) squares += (sum(row, col) - exact) * (sum(row, col) - exact);
+      mean.set(0, row, static_cast<double>(exact));
+      rstd.set(0, row, static_cast<double>(1.0L / std::sqrt(squares / cols + 1e-5L)));
+    }
+  }
+
+  cudaError_t run(const Device& device = kDevice) {
+    AddLayerNormBackward arguments = {.rows = sum.rows(),
+                                      .cols = sum.cols(),
+                                      .grad_output = grad_output.const_operand(),
+                                      .grad_sum = grad_sum.const_operand(),
+                                      .sum = sum.const_operand(),
+                                      .weight = weight.const_vector(),
+                                      .mean = mean.vector().data,
+                                      .rstd = rstd.vector().data,
+                                      .dropout = dropout,
+                                      .grad_input = grad_input.operand(),
+                                      .grad_residual = grad_residual.operand(),
+                                      .grad_weight = grad_weight.vector(),
+                                      .grad_bias = grad_bias.vector(),
+                                      .grad_input_bias = grad_input_bias.vector()};
+    Bytes workspace(norm_backward_workspace_bytes(arguments, device), 0xFF);
+    arguments.workspace = workspace.data();
+    return norm_backward(arguments, adds, &kSeed, device, nullptr);
+  }
+
+  void expect_correct() const {
+    const auto rows = sum.rows(), cols = sum.cols();
+    auto norm = normalize_backward(grad_output, sum, weight, rstd);
+    expect_close(grad_weight, norm.grad_weight, norm.grad_weight_scale, accumulation, 8, "grad_weight");
+    expect_close(grad_bias, norm.grad_bias, norm.grad_bias_scale, accumulation, 8, "grad_bias");
+    Values &grad = norm.grad_input, &scale = norm.grad_input_scale;
+    Values branch(rows, cols), branch_scale(rows, cols), column(1, cols), column_scale(1, cols);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for (std::int64_t col = 0; col < cols; ++col) {
+        if (grad_sum.present()) {
+          grad(row, col) += grad_sum(row, col);
+          scale(row, col) += std::fabs(grad_sum(row, col));
+        }
+        if (!kept(row, col)) continue;
+        branch(row, col) = grad(row, col) * dropout.scale;
+        branch_scale(row, col) = scale(row, col) * dropout.scale;
+        column(0, col) += branch(row, col);
+        column_scale(0, col) += branch_scale(row, col);
+      }
+    }
+    expect_close(grad_residual, grad, scale, accumulation, 8, "grad_residual");
+    expect_close(grad_input, branch, branch_scale, accumulation, 8, "grad_input");
+    expect_close(grad_input_bias, column, column_scale, accumulation, 8, "grad_input_bias");
+  }
+};
+
+class NormBackwardTest : public ::testing::TestWithParam<simt::Order> {
+ protected:
+  void SetUp() override { simt::schedule() = {GetParam(), 1}; }
+
+  std::mt19937_64 generator{20240607};
+};
+INSTANTIATE_TEST_SUITE_P(Order, NormBackwardTest,
+                         ::testing::Values(simt::Order::kForward, simt::Order::kReverse, simt::Order::kRandom));
+
+constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
+
+// What has kernels of its own, and what goes through one kernel for all.
+const std::vector<Types> kTypes = {
+    {kF32, kF32, kF32, kF32}, {kBF16, kBF16, kBF16, kBF16}, {kBF16, kF32, kF32, kF32}, {kBF16, kBF16, kF32, kBF16},
+    {kF16, kF16, kF16, kF32}, {kF16, kF32, kF32, kF16},     {kF16, kF16, kF32, kF16},
+};
+const std::vector<Types> kRareTypes = {
+    {kF64, kF64, kF64, kF64}, {kF32, kBF16, kF32, kF32}, {kBF16, kF32, kBF16, kBF16}, {kF32, kF64, kF64, kF32}};
+
+const std::vector<Options> kOptions = {
+    {},
+    {.affine = false},
+    {.adds = true, .grad_residual = true},
+    {.adds = true, .affine = false, .input_bias = true, .grad_sum = true},
+    {.adds = true, .grad_sum = true, .grad_residual = true, .dropout_p = 0.3},
+    {.adds = true, .input_bias = true, .grad_residual = true, .dropout_p = 0.1},
+};
+
+// A warp a row, several warps, with rows left over and with fewer rows than groups; and odd sizes.
+const std::vector<Shape> kBackwardShapes = {{150, 8},  {37, 128}, {70, 256}, {3, 512}, {37, 520},
+                                            {19, 768}, {9, 2048}, {5, 1},    {23, 63}, {3, 775}};
+
+TEST_P(NormBackwardTest, MatchesFloat64Reference) {
+  for (const auto* types : {&kTypes, &kRareTypes}) {
+    for (const Types type : *types) {
+      for (const Shape shape : kBackwardShapes) {
+        for (const Options& options : kOptions) {
+          SCOPED_TRACE(::testing::Message()
+                       << type << " " << shape.rows << "x" << shape.cols << " options " << &options - kOptions.data());
+          Problem problem(generator, shape, type, {}, options);
+          ASSERT_EQ(problem.run(), cudaSuccess);
+          problem.expect_correct();
+        }
+      }
+    }
+  }
+}
+
+TEST_P(NormBackwardTest, AnyStridesAndAlignment) {
+  for (const Types type : kTypes) {
+    for (const Layout layout : {Layout{8, 0}, Layout{3, 0}, Layout{0, 1}, Layout{8, 4}}) {
+      SCOPED_TRACE(::testing::Message() << type << " padding " << layout.padding << " offset " << layout.offset);
+      Problem problem(generator, {21, 264}, type, layout, {.adds = true, .grad_sum = true, .grad_residual = true});
+      ASSERT_EQ(problem.run(), cudaSuccess);
+      problem.expect_correct();
+    }
+  }
+}
+
+// Clusters of 2, 4 and 8; without clusters, and beyond them, the kernel that needs none; little shared memory.
+TEST_P(NormBackwardTest, LongRows) {
+  for (const auto& [cols, architecture] : std::vector<std::pair<std::int64_t, int>>{
+           {4096, 90}, {8200, 90}, {16400, 90}, {40000, 90}, {8200, 80}, {70000, 90}, {2048, 75}, {2048, 120}}) {
+    SCOPED_TRACE(::testing::Message() << cols << " columns on sm_" << architecture);
+    Problem problem(generator, {5, cols}, kTypes[0], {}, {.adds = true, .grad_sum = true, .grad_residual = true});
+    ASSERT_EQ(problem.run({architecture, 8}), cudaSuccess);
+    problem.expect_correct();
+  }
+}
+
+TEST_P(NormBackwardTest, MovesTheLeastBytes) {
+  for (const Types type : kTypes) {
+    for (const Shape shape : {Shape{70, 64}, Shape{19, 768}, Shape{9, 2048}}) {
+      SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols);
+      Problem problem(generator, shape, type, {},
+                      {.adds = true, .affine = false, .grad_sum = true, .grad_residual = true});
+      simt::counters() = {};
+      ASSERT_EQ(problem.run(), cudaSuccess);
+      const auto elements = shape.rows * shape.cols;
+      EXPECT_EQ(simt::counters().copied_asynchronously, elements * (size_of(type.gradient) + 2 * size_of(type.sum)));
+      EXPECT_EQ(simt::counters().stored, elements * (size_of(type.gradient) + size_of(type.residual)));
+      EXPECT_EQ(simt::counters().loaded_once, 0);
+    }
+  }
+}
+
+TEST_P(NormBackwardTest, RowsFarFromZero) {
+  for (const std::int64_t cols : {64, 768, 2048}) {
+    SCOPED_TRACE(::testing::Message() << cols << " columns");
+    Problem problem(generator, {5, cols}, kTypes[0], {}, {.mean = 1e6});
+    ASSERT_EQ(problem.run(), cudaSuccess);
+    problem.expect_correct();
+  }
+}
+
+// The partition depends on sizes and device alone.
+TEST_P(NormBackwardTest, RepeatsBitwise) {
+  Problem first(generator, {150, 520}, kTypes[1], {}, {.adds = true, .input_bias = true, .dropout_p = 0.2});
+  Problem second = first;
+  ASSERT_EQ(first.run(), cudaSuccess);
+  simt::schedule() = {simt::Order::kRandom, 99};
+  ASSERT_EQ(second.run(), cudaSuccess);
+  for (Matrix Problem::* result :
+       {&Problem::grad_input, &Problem::grad_weight, &Problem::grad_bias, &Problem::grad_input_bias}) {
+    EXPECT_EQ((first.*result).storage(), (second.*result).storage());
+  }
+}
+
+TEST(BackwardPlanTest, HoldsEveryRowInTheSharedMemoryThereIs) {
+  for (const int bytes : {2, 4}) {
+    for (const int row_bytes : {2 * bytes, 3 * bytes, bytes + 8}) {
+      for (const int architecture : {75, 80, 86, 90, 100, 120}) {
+        const int vector = kVectorBytes / bytes;
+        for (int cols = vector; cols <= 140000; cols += (cols / 50 / vector + 1) * vector) {
+          const BackwardPlan plan = backward_plan(cols, bytes, row_bytes, architecture);
+          if (plan.any) continue;
+          EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, cols);
+          EXPECT_EQ(plan.threads % plan.row_threads, 0);
+          EXPECT_LE(plan.threads, kBackwardThreads);
+          EXPECT_LE(plan.staged_bytes, max_shared_bytes(architecture));
+          EXPECT_TRUE(plan.row_threads == 32 || plan.threads / plan.row_threads <= 15) << "named barriers";
+          EXPECT_TRUE(plan.cluster == 1 || architecture >= 90);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace resnorm::cuda::testing
