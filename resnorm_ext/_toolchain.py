@@ -134,7 +134,7 @@ def find_cuda(torch: str, torch_cuda: str | None, architectures: tuple[str, ...]
         return None, "RESNORM_CUDA=off"
     home, reason = None, f"PyTorch {torch} is built without CUDA"
     if torch_cuda is not None:
-        home, reason = _find_toolkit()
+        home, reason = find_toolkit()
     if home is not None:
         version = _nvcc_version(home)
         if version.split(".")[0] == torch_cuda.split(".")[0]:
@@ -177,7 +177,7 @@ def _available_memory() -> int:
     return available
 
 
-def _find_toolkit() -> tuple[Path | None, str]:
+def find_toolkit() -> tuple[Path | None, str]:
     """(folder, "") or (None, where it was looked for)."""
     looked = []
     for name in ("CUDA_HOME", "CUDA_PATH"):

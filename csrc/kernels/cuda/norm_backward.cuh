@@ -90,10 +90,12 @@ norm_backward(const NormBackwardArguments a) {
   using StagedX = StagedRow<Sum, kVector, kItems>;
   using StagedGradient = StagedRow<Gradient, kVector, kItems>;
   constexpr int kSums = kInputBias ? 3 : 2;
-  const int row_threads = kWarpRow ? 32 : a.row_threads, groups = block_threads() / row_threads;
-  const int group_index = thread_index() / row_threads, blocks = kCluster ? cluster_blocks() : 1;
+  const int row_threads = kWarpRow ? 32 : kCluster ? block_threads() : a.row_threads;
+  const int groups = kCluster ? 1 : block_threads() / row_threads;
+  const int group_index = kCluster ? 0 : thread_index() / row_threads, blocks = kCluster ? cluster_blocks() : 1;
   const int rank = kCluster ? cluster_rank() : 0;
-  const RowGroup<kWarpRow ? 32 : 0, kCluster> group{thread_index() % row_threads, row_threads, group_index + 1};
+  const RowGroup<kWarpRow ? 32 : 0, kCluster> group{kCluster ? thread_index() : thread_index() % row_threads,
+                                                    row_threads, group_index + 1};
   const int tiles = grid_blocks() / blocks, tile = block_index() / blocks;
   const std::int64_t row_step = static_cast<std::int64_t>(tiles) * groups;
   const int step = row_threads * kVector;
@@ -131,7 +133,8 @@ norm_backward(const NormBackwardArguments a) {
   if constexpr (kCluster) cluster_wait();
 
   float sums[kSums][kItems][kVector] = {};
-  int stage = 0, turn = 0;
+  int stage = 0;  // the slots of row sums are taken in turns as the stages are
+  static_assert(kBackwardStages == 2);
   // The same number of rounds for all threads, because row sums and clusters meet in each.
   for (std::int64_t first_row = static_cast<std::int64_t>(tile) * groups; first_row < a.rows; first_row += row_step) {
     const std::int64_t row = first_row + group_index;
@@ -165,8 +168,7 @@ norm_backward(const NormBackwardArguments a) {
         totals[2] += x[k];
       }
     }
-    group.sum(totals, slots + turn * slot_size);
-    turn ^= 1;
+    group.sum(totals, slots + stage * slot_size);
     const float delta = totals[2] * a.reciprocal_cols, mean_g = totals[0] * a.reciprocal_cols;
     const float mean_gn = (totals[1] - delta * totals[0]) * rstd * a.reciprocal_cols;
 

@@ -122,7 +122,8 @@ cudaError_t norm_forward(const AddLayerNormForward& a, const std::int64_t* seed,
   const auto cols = static_cast<int>(a.cols);
   const int sum_bytes = a.sum.data == nullptr ? 0 : size_of(a.sum.dtype);
   const int stream_bytes = adds ? std::max(size_of(a.residual.dtype), sum_bytes) : 0;
-  const ForwardPlan plan = forward_plan(cols, bytes, stream_bytes, shifted, device.architecture);
+  const ForwardPlan plan =
+      forward_plan(cols, bytes, stream_bytes, a.dropout.threshold > 0, shifted, device.architecture);
   if (plan.any || !alignment.same || !parameters_alike) return launch_any(a, seed, float64, stream);
   return launch_typed({.input = a.input.data,
                        .residual = a.residual.data,

@@ -32,7 +32,7 @@ cudaError_t launch_norm_forward_as(const NormForwardArguments& a, const ForwardP
   if (plan.lanes == 0) return launch_norm_forward_as<Types, 0, kBlockRowItems, false, kAdds, kDrops>(a, plan, stream);
   if (plan.lanes == 8) return launch_norm_forward_as<Types, 8, 1, false, kAdds, kDrops>(a, plan, stream);
   constexpr int kStreamBytes = std::max(sizeof(typename Types::Residual), sizeof(typename Types::Sum));
-  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Input), kAdds ? kStreamBytes : 0);
+  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Input), kAdds ? kStreamBytes : 0, kDrops);
   if (plan.items == 1) return launch_norm_forward_as<Types, 32, 1, false, kAdds, kDrops>(a, plan, stream);
   if (plan.items == 2) return launch_norm_forward_as<Types, 32, 2, false, kAdds, kDrops>(a, plan, stream);
   if constexpr (kMaxItems >= 3) {

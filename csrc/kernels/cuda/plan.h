@@ -18,20 +18,22 @@ inline constexpr int kVectorBytes = 16;
 inline constexpr int kWarpRowThreads = 128, kBlockRowThreads = 1024, kBlockRowItems = 2, kMaxCluster = 8;
 
 // How many vectors a thread of a row's only warp may hold: 64 registers hold the raw words of all operands at once.
-constexpr int max_warp_items(int input_bytes, int stream_bytes) {
-  return input_bytes == 4 || stream_bytes == 0 ? 4 : stream_bytes == 2 ? 3 : 2;
+constexpr int max_warp_items(int input_bytes, int stream_bytes, bool drops) {
+  if (input_bytes == 4 || stream_bytes == 0) return 4;
+  return stream_bytes == 2 && !drops ? 3 : 2;
 }
 
 // `stream_bytes` of an element of the residual or the sum, whichever is wider; 0 where there is no residual.
 // `architecture` as 90 for sm_90.
-inline ForwardPlan forward_plan(int cols, int input_bytes, int stream_bytes, bool shifted, int architecture) {
+inline ForwardPlan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops, bool shifted,
+                                int architecture) {
   const int vector = kVectorBytes / input_bytes;
   const long reach = cols + (shifted ? vector - 1 : 0);  // what a shift may add before the row
   const auto vectors = static_cast<int>((reach + vector - 1) / vector);
   const auto rounded = [](int value, int multiple) { return (value + multiple - 1) / multiple * multiple; };
   if (vectors <= 8) return {false, shifted, 8, 1, kWarpRowThreads, 1};
   const int warp_items = (vectors + 31) / 32;
-  if (warp_items <= max_warp_items(input_bytes, stream_bytes)) {
+  if (warp_items <= max_warp_items(input_bytes, stream_bytes, drops)) {
     return {false, shifted, 32, warp_items, kWarpRowThreads, 1};
   }
   constexpr int kBlockVectors = kBlockRowThreads * kBlockRowItems;

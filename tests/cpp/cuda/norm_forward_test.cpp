@@ -246,7 +246,7 @@ TEST(ForwardPlanTest, HoldsEveryRow) {
       for (const int architecture : {75, 80, 90, 120}) {
         for (const bool shifted : {false, true}) {
           for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
-            const ForwardPlan plan = forward_plan(cols, bytes, stream_bytes, shifted, architecture);
+            const ForwardPlan plan = forward_plan(cols, bytes, stream_bytes, shifted, shifted, architecture);
             if (plan.any) continue;
             const int vector = kVectorBytes / bytes, row_threads = plan.lanes > 0 ? plan.lanes : plan.threads;
             const int needed = cols + (shifted ? vector - 1 : 0);
