@@ -2,7 +2,10 @@
 // What every launch needs besides its operands.
 #pragma once
 
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <vector>
 
 #include "../../kernels/cuda/device.h"
 #include "../checks.h"
@@ -13,8 +16,18 @@ namespace resnorm {
 
 // The current device, as far as plans depend on it.
 inline cuda::Device current_device() {
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
-  return {10 * properties->major + properties->minor, properties->multiProcessorCount};
+  static const std::vector<cuda::Device> devices = [] {
+    std::vector<cuda::Device> found(c10::cuda::device_count());
+    for (int index = 0; index < static_cast<int>(found.size()); ++index) {
+      int major = 0, minor = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+      found[index].architecture = 10 * major + minor;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&found[index].multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    }
+    return found;
+  }();
+  return devices[c10::cuda::current_device()];
 }
 
 // The seed itself stays on the device.
@@ -29,7 +42,7 @@ inline const std::int64_t* seed_address(const Dropout& dropout, const OptionalTe
 
 inline void check_launch(cudaError_t error, const char* op, RowCounts counts) {
   TORCH_CHECK(error == cudaSuccess, op, ": launching the kernel for ", counts.rows, " rows of ", counts.cols,
-              " elements failed on ", at::cuda::getCurrentDeviceProperties()->name, ": ", cudaGetErrorString(error));
+              " elements failed on sm_", current_device().architecture, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace resnorm

@@ -19,8 +19,8 @@ struct NormBackwardInputs {
 };
 
 struct NormBackwardResults {
-  Rows grad_input, grad_residual;
-  Vector grad_weight, grad_bias, grad_input_bias;
+  Rows grad_input = {}, grad_residual = {};
+  Vector grad_weight = {}, grad_bias = {}, grad_input_bias = {};
 };
 
 // For rows of at least one element; without rows the parameters' gradients are zeros.

@@ -10,17 +10,17 @@ namespace resnorm {
 // What the caller has checked. An absent residual makes it layer_norm.
 struct NormForwardInputs {
   const Tensor& input;
-  OptionalTensor residual;
+  OptionalTensor residual = std::nullopt;
   const OptionalTensor &weight, &bias;
   double eps;
-  OptionalTensor input_bias;
+  OptionalTensor input_bias = std::nullopt;
   double dropout_p = 0.0;
-  OptionalTensor seed;
+  OptionalTensor seed = std::nullopt;
 };
 
 // A sum that is not stored has its dtype alone.
 struct NormForwardResults {
-  Rows output, sum;
+  Rows output = {}, sum = {};
   void* mean = nullptr;
   void* rstd = nullptr;
 };
