@@ -9,9 +9,9 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/add_layer_norm.h"
+#include "ops/cpu/kernel_call.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
-#include "ops/cpu/kernel_call.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/layer_norm.h"
 #include "ops/linear.h"
