@@ -126,8 +126,10 @@ inline double smallest(DType dtype) {
       return 0x1p-24;
     case DType::kFloat64:
       return 0x1p-1074;
+    case DType::kBFloat16:
+      return 0x1p-133;
     default:
-      return 0x1p-126;  // the CPU's bfloat16 instruction makes zeros of float32's subnormal numbers
+      return 0x1p-149;
   }
 }
 

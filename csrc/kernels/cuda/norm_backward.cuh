@@ -8,10 +8,10 @@
 // grad_input, as float32 partial sums, one row of them a block (a cluster); norm_backward_finish adds those.
 //
 // Persistent blocks, cut into groups of threads that share a row. A thread owns the same columns of every row, so the
-// columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kStages rows ahead. What
-// is staged is private: a thread reads only what it copied itself, so no barrier orders it, and refills it as soon as
-// its results are written. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input, as far as
-// present) + 8 * rows + the partial sums.
+// columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kBackwardStages rounds
+// ahead. What is staged is private: a thread reads only what it copied itself, so no barrier orders it, and refills it
+// as soon as its results are written. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
+// as far as present) + 8 * rows + the partial sums.
 //
 // Numerics, as on the CPU: the mean is corrected by delta = sum(x - mean) / N, taken along in the first sweep.
 #pragma once
