@@ -136,29 +136,14 @@ struct Problem {
   }
 
   void expect_backward_correct() const {
-    const auto rows = sum.rows(), cols = sum.cols();
     const auto accumulation = types.accumulation();
     auto norm = normalize_backward(grad_output, sum, weight, rstd);
     expect_close(grad_weight, norm.grad_weight, norm.grad_weight_scale, accumulation, 8, "grad_weight");
     expect_close(grad_bias, norm.grad_bias, norm.grad_bias_scale, accumulation, 8, "grad_bias");
-    Values &grad = norm.grad_input, &scale = norm.grad_input_scale;
-    Values branch(rows, cols), branch_scale(rows, cols), column(1, cols), column_scale(1, cols);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      for (std::int64_t col = 0; col < cols; ++col) {
-        if (grad_sum.present()) {
-          grad(row, col) += grad_sum(row, col);
-          scale(row, col) += std::fabs(grad_sum(row, col));
-        }
-        if (!kept(row, col)) continue;
-        branch(row, col) = grad(row, col) * dropout.scale;
-        branch_scale(row, col) = scale(row, col) * dropout.scale;
-        column(0, col) += branch(row, col);
-        column_scale(0, col) += branch_scale(row, col);
-      }
-    }
-    expect_close(grad_residual, grad, scale, accumulation, 8, "grad_residual");
-    expect_close(grad_input, branch, branch_scale, accumulation, 8, "grad_input");
-    expect_close(grad_input_bias, column, column_scale, accumulation, 8, "grad_input_bias");
+    const auto residual = residual_gradients(norm, grad_sum, dropout, kept, {sum.rows(), sum.cols()});
+    expect_close(grad_residual, norm.grad_input, norm.grad_input_scale, accumulation, 8, "grad_residual");
+    expect_close(grad_input, residual.input, residual.input_scale, accumulation, 8, "grad_input");
+    expect_close(grad_input_bias, residual.input_bias, residual.input_bias_scale, accumulation, 8, "grad_input_bias");
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fixture.h"
+#include "layer_norm_reference.h"
 
 namespace resnorm::cpu::testing {
 
@@ -25,6 +26,31 @@ inline ResidualSums residual_sum(const Matrix& input, const Matrix& residual, co
       }
       result.sum(row, col) = residual(row, col) + branch;
       result.scale(row, col) = scale;
+    }
+  }
+  return result;
+}
+
+// From the gradient of the norm's input to those of add_layer_norm's operands. `norm` and the scales grow by grad_sum.
+struct ResidualGradients {
+  Values input, input_scale, input_bias, input_bias_scale;
+};
+
+inline ResidualGradients residual_gradients(NormGradients& norm, const Matrix& grad_sum, const Dropout& dropout,
+                                            const KeepMask& kept, Shape shape) {
+  const auto [rows, cols] = shape;
+  ResidualGradients result{Values(rows, cols), Values(rows, cols), Values(1, cols), Values(1, cols)};
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t col = 0; col < cols; ++col) {
+      if (grad_sum.present()) {
+        norm.grad_input(row, col) += grad_sum(row, col);
+        norm.grad_input_scale(row, col) += std::fabs(grad_sum(row, col));
+      }
+      if (!kept(row, col)) continue;
+      result.input(row, col) = norm.grad_input(row, col) * dropout.scale;
+      result.input_scale(row, col) = norm.grad_input_scale(row, col) * dropout.scale;
+      result.input_bias(0, col) += result.input(row, col);
+      result.input_bias_scale(0, col) += result.input_scale(row, col);
     }
   }
   return result;
