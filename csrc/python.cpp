@@ -13,6 +13,7 @@
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
 #include "ops/cpu/weight_fingerprint.h"
+#include "ops/kernel_plan.h"
 #include "ops/layer_norm.h"
 #include "ops/linear.h"
 #include "ops/packed_attention.h"
@@ -46,6 +47,22 @@ std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64
   return name_of(linear_backend(dtype, in_features, out_features));
 }
 
+py::dict kernel_plan_for_python(const std::string& pass, int64_t cols, at::ScalarType dtype,
+                                std::optional<at::ScalarType> residual_dtype, bool dropout, bool aligned,
+                                int architecture) {
+  const auto plan = kernel_plan(pass, cols, dtype, residual_dtype, dropout, aligned, architecture);
+  py::dict result;
+  result["any"] = plan.any;
+  result["shifted"] = plan.shifted;
+  result["row_threads"] = plan.row_threads;
+  result["vectors_per_thread"] = plan.items;
+  result["threads"] = plan.threads;
+  result["cluster"] = plan.cluster;
+  result["tiles"] = plan.tiles;
+  result["description"] = describe(plan);
+  return result;
+}
+
 std::string cpu_isa() { return cpu_kernels().isa; }
 
 void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64_t out_features,
@@ -75,6 +92,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
+  m.def("kernel_plan", torch::wrap_pybind_function(resnorm::kernel_plan_for_python), py::arg("kernel"),
+        py::arg("columns"), py::arg("dtype"), py::kw_only(), py::arg("residual_dtype") = py::none(),
+        py::arg("dropout") = false, py::arg("aligned") = true, py::arg("architecture") = 90);
   m.def("build_info", resnorm::build_info);
   m.def("cpu_isa", torch::wrap_pybind_function(resnorm::cpu_isa));
   m.def("supported_cpu_isas", resnorm::cpu::supported_isas);

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RESNORM_HOST_DEVICE __host__ __device__
-#else
-#define RESNORM_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace resnorm::philox {
 

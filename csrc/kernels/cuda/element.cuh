@@ -7,6 +7,8 @@
 
 namespace resnorm::cuda {
 
+inline constexpr int kAnyThreads = 256;
+
 template <class Value>
 RESNORM_DEVICE Value load_element(const void* from, DType dtype, std::int64_t index) {
   float value[1];

@@ -2,85 +2,55 @@
 #include <algorithm>
 #include <limits>
 
+#include "alignment.h"
+#include "column_sums.h"
 #include "norm_backward.h"
 #include "norm_backward_any.cuh"
 #include "norm_backward_dispatch.cuh"
-#include "norm_backward_finish.cuh"
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(extern, SameGradients<float>);
-RESNORM_NORM_BACKWARD_TYPES(extern, SameGradients<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, Float32StreamGradients<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, WideningGradients<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, SameGradients<__half>);
-RESNORM_NORM_BACKWARD_TYPES(extern, Float32StreamGradients<__half>);
-RESNORM_NORM_BACKWARD_TYPES(extern, WideningGradients<__half>);
+RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<float>);
+RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(extern, Float32Stream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(extern, WideningStream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(extern, Float32Stream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(extern, WideningStream<__half>);
 
 namespace {
 
-using Launch = cudaError_t (*)(const NormBackwardArguments&, const BackwardPlan&, bool, bool, int, cudaStream_t);
-
-template <class Half>
-Launch half_launch(DType half, DType residual, DType sum) {
-  if (residual == half && sum == half) return launch_norm_backward<SameGradients<Half>>;
-  if (residual == DType::kFloat32 && sum == DType::kFloat32) return launch_norm_backward<Float32StreamGradients<Half>>;
-  if (residual == half && sum == DType::kFloat32) return launch_norm_backward<WideningGradients<Half>>;
-  return nullptr;
-}
+using KernelOfPlan = NormBackwardKernel (*)(const Plan& plan, const NormBackwardOptions& options);
 
 // The kernels for these types; none for a rare combination.
-Launch launch_for(const AddLayerNormBackward& a) {
-  const DType gradient = a.grad_output.dtype, sum = a.sum.dtype;
-  const DType residual = a.grad_residual.data == nullptr ? sum : a.grad_residual.dtype;
+KernelOfPlan kernels_for(const AddLayerNormBackward& a) {
+  const DType gradient = a.grad_output.dtype;
+  const DType residual = a.grad_residual.data == nullptr ? a.sum.dtype : a.grad_residual.dtype;
   const bool inputs_differ = a.grad_input.data != nullptr && a.grad_input.dtype != gradient;
-  if (inputs_differ || (a.grad_sum.data != nullptr && a.grad_sum.dtype != sum)) return nullptr;
-  switch (gradient) {
-    case DType::kFloat32:
-      return sum == gradient && residual == gradient ? launch_norm_backward<SameGradients<float>> : nullptr;
-    case DType::kBFloat16:
-      return half_launch<__nv_bfloat16>(gradient, residual, sum);
-    case DType::kFloat16:
-      return half_launch<__half>(gradient, residual, sum);
-    default:
-      return nullptr;
-  }
+  const bool sums_differ = a.grad_sum.data != nullptr && a.grad_sum.dtype != a.sum.dtype;
+  if (inputs_differ || sums_differ) return nullptr;
+  return with_stream<KernelOfPlan>(gradient, residual, a.sum.dtype,
+                                   []<class Types>() -> KernelOfPlan { return norm_backward_kernel<Types>; });
 }
 
-bool is_aligned(const void* data, std::int64_t row_stride, std::int64_t rows, int vector) {
-  if (data == nullptr) return true;
-  return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0 && (rows == 1 || row_stride % vector == 0);
+NormBackwardOptions options_of(const AddLayerNormBackward& a, bool adds) {
+  return {adds, a.dropout.threshold > 0, a.grad_input_bias.data != nullptr};
 }
 
-// Everything that is decided before a launch, the same whenever it is asked for.
-struct Decision {
-  BackwardPlan plan;
-  Launch launch;
-  int blocks;
-  int parts;  // rows of partial sums
-};
+int vector_of(const AddLayerNormBackward& a) { return kVectorBytes / size_of(a.grad_output.dtype); }
 
-Decision decide(const AddLayerNormBackward& a, const Device& device) {
-  const int bytes = size_of(a.grad_output.dtype), vector = kVectorBytes / bytes;
-  const auto aligned = [&](const auto& rows) { return is_aligned(rows.data, rows.row_stride, a.rows, vector); };
-  const bool alike = aligned(a.grad_output) && aligned(a.sum) && aligned(a.grad_sum) && aligned(a.grad_input) &&
-                     aligned(a.grad_residual) && is_aligned(a.weight.data, 0, 1, vector) && a.cols % vector == 0 &&
-                     a.cols <= std::numeric_limits<int>::max() / 2;
-  const bool known_weight =
-      a.weight.data == nullptr || a.weight.dtype == a.grad_output.dtype || a.weight.dtype == DType::kFloat32;
-  const Launch launch = launch_for(a);
-  if (launch != nullptr && alike && known_weight) {
-    const int row_bytes = bytes + size_of(a.sum.dtype) * (a.grad_sum.data == nullptr ? 1 : 2);
-    const BackwardPlan plan = backward_plan(static_cast<int>(a.cols), bytes, row_bytes, device.architecture);
-    if (!plan.any) {
-      const std::int64_t groups = plan.threads / plan.row_threads;
-      const auto tiles = static_cast<int>(
-          std::min<std::int64_t>((a.rows + groups - 1) / groups, std::max(1, device.multiprocessors / plan.cluster)));
-      return {plan, launch, std::max(tiles, 1) * plan.cluster, std::max(tiles, 1)};
-    }
-  }
-  const auto blocks = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, 2 * device.multiprocessors));
-  return {{.any = true}, nullptr, blocks, blocks};
+// Of an element of each matrix that is read, together.
+int row_bytes_of(const AddLayerNormBackward& a) {
+  return size_of(a.grad_output.dtype) + size_of(a.sum.dtype) * (a.grad_sum.data == nullptr ? 1 : 2);
+}
+
+Alignment alignment_of(const AddLayerNormBackward& a) {
+  return Alignment(a.rows, vector_of(a))
+      .with(a.grad_output)
+      .with(a.sum)
+      .with(a.grad_sum)
+      .with(a.grad_input)
+      .with(a.grad_residual);
 }
 
 bool is_float64(const AddLayerNormBackward& a) {
@@ -89,67 +59,97 @@ bool is_float64(const AddLayerNormBackward& a) {
 
 int sums_of(const AddLayerNormBackward& a) { return a.grad_input_bias.data == nullptr ? 2 : 3; }
 
-template <class Value>
-cudaError_t launch_any(const AddLayerNormBackward& a, const std::int64_t* seed, int blocks, cudaStream_t stream) {
-  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, 3);
-  const LaunchShape shape = {blocks, 1, kAnyThreads, values * static_cast<int>(sizeof(Value))};
-  return launch<norm_backward_any<Value>>(shape, stream, a, seed);
+LaunchShape shape_of(const AddLayerNormBackward& a, const Plan& plan) {
+  const int slots = plan.groups() * 2 * RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, 3);
+  return {plan.parts * plan.cluster, plan.cluster, plan.threads,
+          staging_of(plan, vector_of(a), row_bytes_of(a)).total_bytes + slots * static_cast<int>(sizeof(float))};
+}
+
+Plan any_plan(const AddLayerNormBackward& a, const Device& device) {
+  return {.any = true, .parts = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors))};
 }
 
 template <class Value>
-cudaError_t launch_finish(const AddLayerNormBackward& a, int parts, cudaStream_t stream) {
-  const FinishArguments finish = {
-      a.workspace, parts, sums_of(a), a.cols, {a.grad_weight, a.grad_bias, a.grad_input_bias}};
-  const auto blocks = static_cast<int>((a.cols * finish.sums + 31) / 32);
-  const LaunchShape shape = {blocks, 1, kFinishThreads, kFinishThreads / 32 * 33 * static_cast<int>(sizeof(Value))};
-  return launch<norm_backward_finish<Value>>(shape, stream, finish);
+cudaError_t launch_any(const AddLayerNormBackward& a, int parts, const std::int64_t* seed, cudaStream_t stream) {
+  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, 3);
+  const LaunchShape shape = {parts, 1, kAnyThreads, values * static_cast<int>(sizeof(Value))};
+  return launch<norm_backward_any<Value>>(shape, stream, a, seed);
+}
+
+cudaError_t launch_planned(const AddLayerNormBackward& a, bool adds, const Plan& plan, const std::int64_t* seed,
+                           cudaStream_t stream) {
+  const Staging staging = staging_of(plan, vector_of(a), row_bytes_of(a));
+  const auto kernel = kernels_for(a)(plan, options_of(a, adds));
+  return kernel.launch(shape_of(a, plan), stream,
+                       {.x = a.sum.data,
+                        .grad_output = a.grad_output.data,
+                        .grad_sum = a.grad_sum.data,
+                        .weight = a.weight.data,
+                        .mean = static_cast<const float*>(a.mean),
+                        .rstd = static_cast<const float*>(a.rstd),
+                        .grad_input = a.grad_input.data,
+                        .grad_residual = a.grad_residual.data,
+                        .partials = static_cast<float*>(a.workspace),
+                        .seed = seed,
+                        .rows = a.rows,
+                        .x_stride = a.sum.row_stride,
+                        .grad_output_stride = a.grad_output.row_stride,
+                        .grad_sum_stride = a.grad_sum.row_stride,
+                        .grad_input_stride = a.grad_input.row_stride,
+                        .grad_residual_stride = a.grad_residual.row_stride,
+                        .cols = static_cast<int>(a.cols),
+                        .row_threads = plan.row_threads,
+                        .stage_bytes = staging.stage_bytes,
+                        .staged_bytes = staging.total_bytes,
+                        .first_element = alignment_of(a).first_element(),
+                        .float32_parameters = ParameterTypes(a.grad_output.dtype).with(a.weight).float32(),
+                        .reciprocal_cols = static_cast<float>(1.0 / static_cast<double>(a.cols)),
+                        .threshold = a.dropout.threshold,
+                        .scale = a.dropout.scale});
 }
 
 }  // namespace
 
-std::size_t norm_backward_workspace_bytes(const AddLayerNormBackward& a, const Device& device) {
-  const auto parts = static_cast<std::size_t>(decide(a, device).parts);
-  return parts * static_cast<std::size_t>(sums_of(a)) * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
+Plan norm_backward_plan(const AddLayerNormBackward& a, bool adds, const Device& device) {
+  const Alignment alignment = alignment_of(a);
+  const auto weight = ParameterTypes(a.grad_output.dtype).with(a.weight);
+  const auto kernels = kernels_for(a);
+  if (kernels == nullptr || !alignment.alike() || !weight.alike() || a.cols > std::numeric_limits<int>::max() / 2) {
+    return any_plan(a, device);
+  }
+  Plan plan = backward_plan(static_cast<int>(a.cols), size_of(a.grad_output.dtype), row_bytes_of(a),
+                            alignment.shifted(a.cols) || !weight.aligned(), device.architecture);
+  if (plan.any) return any_plan(a, device);
+  std::int64_t most = device.multiprocessors;
+  if (plan.cluster > 1) {
+    int clusters = 0;
+    const auto count = kernels(plan, options_of(a, adds)).count_resident_clusters;
+    if (count(shape_of(a, plan), device, clusters) != cudaSuccess || clusters == 0) return any_plan(a, device);
+    most = clusters;
+  }
+  const std::int64_t wanted = (a.rows + plan.groups() - 1) / plan.groups();
+  const std::int64_t apart = plan.shifted ? vector_of(a) : 1;  // parts are a multiple of it
+  const std::int64_t limit = std::max(apart, most / apart * apart);
+  plan.parts = static_cast<int>(std::clamp((wanted + apart - 1) / apart * apart, apart, limit));
+  return plan;
 }
 
-cudaError_t norm_backward(const AddLayerNormBackward& a, bool adds, const std::int64_t* seed, const Device& device,
+std::size_t norm_backward_workspace_bytes(const AddLayerNormBackward& a, const Plan& plan) {
+  return static_cast<std::size_t>(plan.parts) * static_cast<std::size_t>(sums_of(a)) *
+         static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
+}
+
+cudaError_t norm_backward(const AddLayerNormBackward& a, bool adds, const Plan& plan, const std::int64_t* seed,
                           cudaStream_t stream) {
-  const Decision decision = decide(a, device);
-  cudaError_t error = cudaSuccess;
-  if (decision.launch == nullptr) {
-    error = is_float64(a) ? launch_any<double>(a, seed, decision.blocks, stream)
-                          : launch_any<float>(a, seed, decision.blocks, stream);
-  } else {
-    error = decision.launch({.x = a.sum.data,
-                             .grad_output = a.grad_output.data,
-                             .grad_sum = a.grad_sum.data,
-                             .weight = a.weight.data,
-                             .mean = static_cast<const float*>(a.mean),
-                             .rstd = static_cast<const float*>(a.rstd),
-                             .grad_input = a.grad_input.data,
-                             .grad_residual = a.grad_residual.data,
-                             .partials = static_cast<float*>(a.workspace),
-                             .seed = seed,
-                             .rows = a.rows,
-                             .x_stride = a.sum.row_stride,
-                             .grad_output_stride = a.grad_output.row_stride,
-                             .grad_sum_stride = a.grad_sum.row_stride,
-                             .grad_input_stride = a.grad_input.row_stride,
-                             .grad_residual_stride = a.grad_residual.row_stride,
-                             .cols = static_cast<int>(a.cols),
-                             .row_threads = decision.plan.row_threads,
-                             .stage_bytes = decision.plan.stage_bytes,
-                             .staged_bytes = decision.plan.staged_bytes,
-                             .float32_parameters = a.weight.dtype != a.grad_output.dtype,
-                             .reciprocal_cols = static_cast<float>(1.0 / static_cast<double>(a.cols)),
-                             .threshold = a.dropout.threshold,
-                             .scale = a.dropout.scale},
-                            decision.plan, adds, a.grad_input_bias.data != nullptr, decision.blocks, stream);
-  }
+  const auto error = !plan.any       ? launch_planned(a, adds, plan, seed, stream)
+                     : is_float64(a) ? launch_any<double>(a, plan.parts, seed, stream)
+                                     : launch_any<float>(a, plan.parts, seed, stream);
   if (error != cudaSuccess) return error;
-  if (a.grad_weight.data == nullptr && a.grad_bias.data == nullptr && a.grad_input_bias.data == nullptr) return error;
-  return is_float64(a) ? launch_finish<double>(a, decision.parts, stream)
-                       : launch_finish<float>(a, decision.parts, stream);
+  const bool has_bias_sums = a.grad_input_bias.data != nullptr;
+  const auto finish = [&](std::initializer_list<Vector> gradients) {
+    return finish_column_sums(a.workspace, is_float64(a), plan.parts, a.cols, gradients, stream);
+  };
+  return has_bias_sums ? finish({a.grad_weight, a.grad_bias, a.grad_input_bias}) : finish({a.grad_weight, a.grad_bias});
 }
 
 }  // namespace resnorm::cuda

@@ -5,7 +5,7 @@
 //   grad_residual = grad_sum + rstd * (g - mean of g - n * mean of g * n),  grad_input = dropout'(grad_residual),
 //
 // and the columns' sums grad_weight = sum of grad_output * n, grad_bias = sum of grad_output, grad_input_bias = sum of
-// grad_input, as float32 partial sums, one row of them a block (a cluster); norm_backward_finish adds those.
+// grad_input, as float32 partial sums, one row of them a block (a cluster); column_sums_finish adds those.
 //
 // Persistent blocks, cut into groups of threads that share a row. A thread owns the same columns of every row, so the
 // columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kBackwardStages rounds
@@ -13,11 +13,14 @@
 // as soon as its results are written. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
 // as far as present) + 8 * rows + the partial sums.
 //
+// Where rows do not start at multiples of a vector, those of one block are kVector rows apart: all of them start at the
+// same element of a vector, so that a thread owns the same columns in each.
+//
 // Numerics, as on the CPU: the mean is corrected by delta = sum(x - mean) / N, taken along in the first sweep.
 #pragma once
 
+#include "column_sums.cuh"
 #include "dropout.cuh"
-#include "plan.h"
 #include "row_access.cuh"
 #include "row_sum.cuh"
 
@@ -32,17 +35,11 @@ struct NormBackwardArguments {
   const std::int64_t* seed;
   std::int64_t rows, x_stride, grad_output_stride, grad_sum_stride, grad_input_stride, grad_residual_stride;
   int cols, row_threads, stage_bytes, staged_bytes;  // of all threads: one stage, and all of them
+  int first_element;                                 // of row 0, modulo kVector; of row r it is r * x_stride more
   bool float32_parameters;
   float reciprocal_cols;
   std::uint32_t threshold;
   float scale;
-};
-
-template <class Gradient_, class Residual_, class Sum_>
-struct BackwardTypes {
-  using Gradient = Gradient_;  // grad_output's and grad_input's
-  using Residual = Residual_;
-  using Sum = Sum_;
 };
 
 // A row's vectors on their way from memory to registers, through shared memory.
@@ -51,11 +48,24 @@ class StagedRow {
  public:
   static constexpr int kBytes = kItems * kVector * static_cast<int>(sizeof(T));  // a thread, a stage
 
-  // `staged` is this stream's part of shared memory in one stage, kBytes for each thread of the block.
-  static RESNORM_DEVICE void fetch(unsigned char* staged, const T* from, int item) {
+  // `staged` is this stream's part of shared memory in one stage, kBytes for each thread of the block. kShifted: the
+  // vector may reach beyond the row; one that does is put together here and now.
+  template <bool kShifted>
+  static RESNORM_DEVICE void fetch(unsigned char* staged, const T* row, int column, int cols, int item) {
+    if (kShifted && (column < 0 || column + kVector > cols)) {
+      const auto vector = load_vector<T, kVector, true>(row, column, cols);
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        Words<16> words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words.word[i] = vector.word[4 * quad + i];
+        store_staged(at(staged, item, quad), words);
+      }
+      return;
+    }
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      async_copy16(at(staged, item, quad), reinterpret_cast<const char*>(from) + 16 * quad);
+      async_copy16(at(staged, item, quad), reinterpret_cast<const char*>(row + column) + 16 * quad);
     }
   }
 
@@ -80,11 +90,13 @@ class StagedRow {
 };
 
 // kWarpRow: a row's threads are one warp; else `row_threads`, a multiple of 32, of each block of the cluster.
-// Rows start and end at multiples of a vector.
-template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kAdds, bool kDrops, bool kInputBias>
+// Types: a Stream. kShifted: rows do not start and end at multiples of a vector; the blocks (clusters) are a multiple
+// of kVector then.
+template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
+          bool kInputBias>
 RESNORM_KERNEL(kBackwardThreads, 1)
 norm_backward(const NormBackwardArguments a) {
-  using Gradient = typename Types::Gradient;
+  using Gradient = typename Types::Branch;
   using Residual = typename Types::Residual;
   using Sum = typename Types::Sum;
   using StagedX = StagedRow<Sum, kVector, kItems>;
@@ -96,9 +108,13 @@ norm_backward(const NormBackwardArguments a) {
   const int rank = kCluster ? cluster_rank() : 0;
   const RowGroup<kWarpRow ? 32 : 0, kCluster> group{kCluster ? thread_index() : thread_index() % row_threads,
                                                     row_threads, group_index + 1};
-  const int tiles = grid_blocks() / blocks, tile = block_index() / blocks;
-  const std::int64_t row_step = static_cast<std::int64_t>(tiles) * groups;
+  const int parts = grid_blocks() / blocks, part = block_index() / blocks;
+  constexpr int kApart = kShifted ? kVector : 1;  // the distance between the rows of neighbouring groups
+  const std::int64_t part_row = static_cast<std::int64_t>(part / kApart) * kApart * groups + part % kApart;
+  const std::int64_t row_step = static_cast<std::int64_t>(parts) * groups;
   const int step = row_threads * kVector;
+  const int shift = kShifted ? static_cast<int>((a.first_element + part_row * a.x_stride) % kVector) : 0;
+  const int first_column = rank * kItems * step - shift;
   const bool has_grad_sum = kAdds && a.grad_sum != nullptr;
 
   const auto staged_x = [&](int stage) { return shared_memory() + stage * a.stage_bytes; };
@@ -109,15 +125,17 @@ norm_backward(const NormBackwardArguments a) {
   const int slot_size = decltype(group)::slot_size(row_threads, blocks, 3);
   float* const slots = reinterpret_cast<float*>(shared_memory() + a.staged_bytes) + group_index * 2 * slot_size;
 
-  const auto column_of = [&](int i) { return (rank * kItems + i) * step + group.thread * kVector; };
+  const auto column_of = [&](int i) { return first_column + i * step + group.thread * kVector; };
   const auto fetch = [&](std::int64_t row, int stage, int i) {
     const int column = column_of(i);
     if (row >= a.rows || column >= a.cols) return;
-    StagedX::fetch(staged_x(stage), static_cast<const Sum*>(a.x) + row * a.x_stride + column, i);
-    StagedGradient::fetch(staged_gradient(stage),
-                          static_cast<const Gradient*>(a.grad_output) + row * a.grad_output_stride + column, i);
+    const auto* x = static_cast<const Sum*>(a.x) + row * a.x_stride;
+    StagedX::template fetch<kShifted>(staged_x(stage), x, column, a.cols, i);
+    const auto* gradient = static_cast<const Gradient*>(a.grad_output) + row * a.grad_output_stride;
+    StagedGradient::template fetch<kShifted>(staged_gradient(stage), gradient, column, a.cols, i);
     if (!has_grad_sum) return;
-    StagedX::fetch(staged_grad_sum(stage), static_cast<const Sum*>(a.grad_sum) + row * a.grad_sum_stride + column, i);
+    const auto* grad_sum = static_cast<const Sum*>(a.grad_sum) + row * a.grad_sum_stride;
+    StagedX::template fetch<kShifted>(staged_grad_sum(stage), grad_sum, column, a.cols, i);
   };
 
   if constexpr (kCluster) cluster_arrive();  // nobody may write into a block that has not started
@@ -125,7 +143,7 @@ norm_backward(const NormBackwardArguments a) {
   for (int stage = 0; stage < kBackwardStages; ++stage) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      fetch(static_cast<std::int64_t>(tile) * groups + group_index + stage * row_step, stage, i);
+      fetch(part_row + group_index * kApart + stage * row_step, stage, i);
     }
     async_commit();
   }
@@ -136,8 +154,8 @@ norm_backward(const NormBackwardArguments a) {
   int stage = 0;  // the slots of row sums are taken in turns as the stages are
   static_assert(kBackwardStages == 2);
   // The same number of rounds for all threads, because row sums and clusters meet in each.
-  for (std::int64_t first_row = static_cast<std::int64_t>(tile) * groups; first_row < a.rows; first_row += row_step) {
-    const std::int64_t row = first_row + group_index;
+  for (std::int64_t first_row = part_row; first_row < a.rows; first_row += row_step) {
+    const std::int64_t row = first_row + group_index * kApart;
     const bool live = row < a.rows;
     const float mean = live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
     const auto read = [&](int i, float (&x)[kVector], float (&gradient)[kVector], float (&weighted)[kVector]) {
@@ -145,7 +163,7 @@ norm_backward(const NormBackwardArguments a) {
       StagedGradient::read(staged_gradient(stage), i, gradient);
       float weight[kVector];
       if (a.weight != nullptr) {  // from L1 each time: in registers, beside the sums, it would spill
-        load_parameter<Gradient, kVector, false>(a.weight, a.float32_parameters, column_of(i), a.cols, weight);
+        load_parameter<Gradient, kVector, kShifted>(a.weight, a.float32_parameters, column_of(i), a.cols, weight);
       }
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
@@ -165,7 +183,8 @@ norm_backward(const NormBackwardArguments a) {
       for (int k = 0; k < kVector; ++k) {
         totals[0] += weighted[k];
         totals[1] += weighted[k] * x[k];
-        totals[2] += x[k];
+        const int column = column_of(i) + k;
+        totals[2] += kShifted && (column < 0 || column >= a.cols) ? 0.0F : x[k];  // there alone all columns count
       }
     }
     group.sum(totals, slots + stage * slot_size);
@@ -193,12 +212,12 @@ norm_backward(const NormBackwardArguments a) {
         }
         if (kAdds && a.grad_residual != nullptr) {
           auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
-          store_vector<Residual, kVector, false>(to, column, a.cols, result);
+          store_vector<Residual, kVector, kShifted>(to, column, a.cols, result);
         }
-        if constexpr (kDrops) apply_dropout<kVector>(result, row * a.cols + column, seed, a.threshold, a.scale);
+        if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
         if (a.grad_input != nullptr) {
           auto* to = static_cast<Gradient*>(a.grad_input) + row * a.grad_input_stride;
-          store_vector<Gradient, kVector, false>(to, column, a.cols, result);
+          store_vector<Gradient, kVector, kShifted>(to, column, a.cols, result);
         }
         if constexpr (kInputBias) {
 #pragma unroll
@@ -212,28 +231,12 @@ norm_backward(const NormBackwardArguments a) {
   }
   async_wait<0>();
 
-  // The groups of a block meet where rows were staged, and are added in their order.
-  float* const partials = a.partials + static_cast<std::int64_t>(tile) * kSums * a.cols;
-  float* const meeting = reinterpret_cast<float*>(shared_memory());
-  const int group_values = row_threads * kItems * kVector;
+  float* const partials = a.partials + static_cast<std::int64_t>(part) * kSums * a.cols;
+  float* const meeting = reinterpret_cast<float*>(shared_memory());  // where rows were staged
 #pragma unroll
   for (int sum = 0; sum < kSums; ++sum) {
-    barrier(0, block_threads());  // nobody needs any more what lies there
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        meeting[group_index * group_values + (i * kVector + k) * row_threads + group.thread] = sums[sum][i][k];
-      }
-    }
-    barrier(0, block_threads());
-    for (int value = thread_index(); value < group_values; value += block_threads()) {
-      float total = 0.0F;
-      for (int other = 0; other < groups; ++other) total += meeting[other * group_values + value];
-      const int item = value / row_threads / kVector, k = value / row_threads % kVector;
-      const int column = (rank * kItems + item) * step + value % row_threads * kVector + k;
-      if (column < a.cols) partials[static_cast<std::int64_t>(sum) * a.cols + column] = total;
-    }
+    store_column_sums<kVector, kItems>(sums[sum], meeting, row_threads, first_column, a.cols,
+                                       partials + static_cast<std::int64_t>(sum) * a.cols);
   }
 }
 

@@ -6,56 +6,54 @@
 
 #include "launch.cuh"
 #include "norm_backward.cuh"
+#include "plan.h"
+#include "streams.cuh"
 
 namespace resnorm::cuda {
 
+using NormBackwardKernel = Kernel<NormBackwardArguments>;
+
+// What tells one backward pass from another, beside its plan: add_layer_norm's from layer_norm's, and what it has.
+struct NormBackwardOptions {
+  bool adds, drops, input_bias;
+};
+
+template <class Types, bool kWarpRow, int kItems, bool kCluster, bool kAdds, bool kDrops, bool kInputBias>
+NormBackwardKernel norm_backward_kernel(const Plan& plan) {
+  constexpr int kVector = kVectorBytes / sizeof(typename Types::Branch);
+  constexpr auto aligned = norm_backward<Types, kVector, kWarpRow, kItems, kCluster, false, kAdds, kDrops, kInputBias>;
+  if constexpr (kItems * kVector == kBackwardElements) {
+    constexpr auto shifted = norm_backward<Types, kVector, kWarpRow, kItems, kCluster, true, kAdds, kDrops, kInputBias>;
+    if (plan.shifted) return kernel_of<shifted, NormBackwardArguments>();
+  }
+  return kernel_of<aligned, NormBackwardArguments>();
+}
+
 template <class Types, bool kAdds, bool kDrops, bool kInputBias>
-cudaError_t launch_norm_backward_as(const NormBackwardArguments& a, const BackwardPlan& plan, int blocks,
-                                    cudaStream_t stream) {
-  constexpr int kVector = kVectorBytes / sizeof(typename Types::Gradient), kItems = kBackwardElements / kVector;
-  const int groups = plan.threads / plan.row_threads;
-  const int slots = RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, 3);
-  const LaunchShape shape = {blocks, plan.cluster, plan.threads,
-                             plan.staged_bytes + groups * 2 * slots * static_cast<int>(sizeof(float))};
-  if (plan.cluster > 1) {
-    return launch<norm_backward<Types, kVector, false, kItems, true, kAdds, kDrops, kInputBias>>(shape, stream, a);
-  }
-  if (plan.row_threads > 32) {
-    return launch<norm_backward<Types, kVector, false, kItems, false, kAdds, kDrops, kInputBias>>(shape, stream, a);
-  }
-  if (plan.items == kItems) {
-    return launch<norm_backward<Types, kVector, true, kItems, false, kAdds, kDrops, kInputBias>>(shape, stream, a);
-  }
-  return launch<norm_backward<Types, kVector, true, kItems / 2, false, kAdds, kDrops, kInputBias>>(shape, stream, a);
+NormBackwardKernel norm_backward_kernel(const Plan& plan) {
+  constexpr int kItems = kBackwardElements / (kVectorBytes / sizeof(typename Types::Branch));
+  if (plan.cluster > 1) return norm_backward_kernel<Types, false, kItems, true, kAdds, kDrops, kInputBias>(plan);
+  if (plan.row_threads > 32) return norm_backward_kernel<Types, false, kItems, false, kAdds, kDrops, kInputBias>(plan);
+  if (plan.items == kItems) return norm_backward_kernel<Types, true, kItems, false, kAdds, kDrops, kInputBias>(plan);
+  return norm_backward_kernel<Types, true, kItems / 2, false, kAdds, kDrops, kInputBias>(plan);
 }
 
-// One file compiles it for each of the types, so that compilers can share the work. `adds` tells add_layer_norm's
-// backward pass from layer_norm's.
+// One file compiles it for each of the types, so that compilers can share the work.
 template <class Types>
-cudaError_t launch_norm_backward(const NormBackwardArguments& a, const BackwardPlan& plan, bool adds, bool input_bias,
-                                 int blocks, cudaStream_t stream) {
-  using Gradient = typename Types::Gradient;
-  if constexpr (std::is_same_v<Types, BackwardTypes<Gradient, Gradient, Gradient>>) {
-    if (!adds) return launch_norm_backward_as<Types, false, false, false>(a, plan, blocks, stream);
+NormBackwardKernel norm_backward_kernel(const Plan& plan, const NormBackwardOptions& options) {
+  using Branch = typename Types::Branch;
+  if constexpr (std::is_same_v<Types, SameStream<Branch>>) {
+    if (!options.adds) return norm_backward_kernel<Types, false, false, false>(plan);
   }
-  if (a.threshold > 0) {
-    return input_bias ? launch_norm_backward_as<Types, true, true, true>(a, plan, blocks, stream)
-                      : launch_norm_backward_as<Types, true, true, false>(a, plan, blocks, stream);
+  if (options.drops) {
+    return options.input_bias ? norm_backward_kernel<Types, true, true, true>(plan)
+                              : norm_backward_kernel<Types, true, true, false>(plan);
   }
-  return input_bias ? launch_norm_backward_as<Types, true, false, true>(a, plan, blocks, stream)
-                    : launch_norm_backward_as<Types, true, false, false>(a, plan, blocks, stream);
+  return options.input_bias ? norm_backward_kernel<Types, true, false, true>(plan)
+                            : norm_backward_kernel<Types, true, false, false>(plan);
 }
 
-// Gradients as norm_forward_dispatch.cuh's streams: of one type, a float32 stream, and one that became float32.
-template <class Half>
-using SameGradients = BackwardTypes<Half, Half, Half>;
-template <class Half>
-using Float32StreamGradients = BackwardTypes<Half, float, float>;
-template <class Half>
-using WideningGradients = BackwardTypes<Half, Half, float>;
-
-#define RESNORM_NORM_BACKWARD_TYPES(prefix, Types)                                                                 \
-  prefix template cudaError_t launch_norm_backward<Types>(const NormBackwardArguments&, const BackwardPlan&, bool, \
-                                                          bool, int, cudaStream_t)
+#define RESNORM_NORM_BACKWARD_TYPES(prefix, ...) \
+  prefix template NormBackwardKernel norm_backward_kernel<__VA_ARGS__>(const Plan&, const NormBackwardOptions&)
 
 }  // namespace resnorm::cuda

@@ -3,6 +3,6 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, SameGradients<float>);
+RESNORM_NORM_BACKWARD_TYPES(, SameStream<float>);
 
 }  // namespace resnorm::cuda

@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, SameGradients<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, Float32StreamGradients<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, WideningGradients<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, SameStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, Float32Stream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, WideningStream<__half>);
 
 }  // namespace resnorm::cuda

@@ -33,18 +33,12 @@ struct NormForwardArguments {
   float scale;
 };
 
-template <class Input_, class Residual_, class Sum_>
-struct NormTypes {
-  using Input = Input_;
-  using Residual = Residual_;
-  using Sum = Sum_;
-};
-
+// Types: a Stream.
 template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
           int kMaxThreads>
 RESNORM_KERNEL(kMaxThreads, 1024 / kMaxThreads)
 norm_forward(const NormForwardArguments a) {
-  using Input = typename Types::Input;
+  using Input = typename Types::Branch;
   using Residual = typename Types::Residual;
   using Sum = typename Types::Sum;
   const int row_threads = kLanes == 0 ? block_threads() : kLanes;
@@ -94,7 +88,7 @@ norm_forward(const NormForwardArguments a) {
         for (int k = 0; k < kVector; ++k) x[i][k] += bias[k];
       }
       if constexpr (kDrops) {
-        apply_dropout<kVector>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
+        apply_dropout<!kShifted>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
       }
       float addend[kVector];
       Codec<Residual>::template unpack<kVector>(residual_words[i], addend);

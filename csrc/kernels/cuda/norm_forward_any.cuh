@@ -9,16 +9,6 @@
 
 namespace resnorm::cuda {
 
-inline constexpr int kAnyThreads = 256;
-
-// One value after dropout: exactly 0, or scaled.
-template <class Value>
-RESNORM_DEVICE Value dropped(Value value, std::int64_t element, std::uint64_t seed, const Dropout& dropout) {
-  float scale[1] = {1.0F};
-  apply_dropout(scale, element, seed, dropout.threshold, dropout.scale);
-  return scale[0] == 0.0F ? Value(0) : value * static_cast<Value>(scale[0]);
-}
-
 // Accumulates in Value. `a.residual` is absent for a plain layer norm; the seed of `a.dropout` is at `seed`.
 template <class Value>
 RESNORM_KERNEL(kAnyThreads, 1)

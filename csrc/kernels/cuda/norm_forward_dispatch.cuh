@@ -8,62 +8,55 @@
 #include "launch.cuh"
 #include "norm_forward.cuh"
 #include "plan.h"
+#include "streams.cuh"
 
 namespace resnorm::cuda {
 
+using NormForwardKernel = Kernel<NormForwardArguments>;
+
 template <class Types, int kLanes, int kItems, bool kCluster, bool kAdds, bool kDrops>
-cudaError_t launch_norm_forward_as(const NormForwardArguments& a, const ForwardPlan& plan, cudaStream_t stream) {
-  constexpr int kVector = kVectorBytes / sizeof(typename Types::Input),
+NormForwardKernel norm_forward_kernel(const Plan& plan) {
+  constexpr int kVector = kVectorBytes / sizeof(typename Types::Branch),
                 kMaxThreads = kLanes > 0 ? kWarpRowThreads : kBlockRowThreads;
-  using Group = RowGroup<kLanes, kCluster>;
-  const std::int64_t rows_per_block = kLanes > 0 ? plan.threads / kLanes : 1;
-  const LaunchShape shape = {static_cast<int>((a.rows + rows_per_block - 1) / rows_per_block) * plan.cluster,
-                             plan.cluster, plan.threads,
-                             static_cast<int>(Group::slot_size(plan.threads, plan.cluster, 1 + 2) * sizeof(float))};
-  constexpr auto kernel = norm_forward<Types, kVector, kLanes, kItems, kCluster, false, kAdds, kDrops, kMaxThreads>;
-  constexpr auto shifted_kernel =
-      norm_forward<Types, kVector, kLanes, kItems, kCluster, true, kAdds, kDrops, kMaxThreads>;
-  return plan.shifted ? launch<shifted_kernel>(shape, stream, a) : launch<kernel>(shape, stream, a);
+  constexpr auto aligned = norm_forward<Types, kVector, kLanes, kItems, kCluster, false, kAdds, kDrops, kMaxThreads>;
+  constexpr auto shifted = norm_forward<Types, kVector, kLanes, kItems, kCluster, true, kAdds, kDrops, kMaxThreads>;
+  return plan.shifted ? kernel_of<shifted, NormForwardArguments>() : kernel_of<aligned, NormForwardArguments>();
 }
 
 template <class Types, bool kAdds, bool kDrops>
-cudaError_t launch_norm_forward_as(const NormForwardArguments& a, const ForwardPlan& plan, cudaStream_t stream) {
-  if (plan.cluster > 1) return launch_norm_forward_as<Types, 0, kBlockRowItems, true, kAdds, kDrops>(a, plan, stream);
-  if (plan.lanes == 0) return launch_norm_forward_as<Types, 0, kBlockRowItems, false, kAdds, kDrops>(a, plan, stream);
-  if (plan.lanes == 8) return launch_norm_forward_as<Types, 8, 1, false, kAdds, kDrops>(a, plan, stream);
+NormForwardKernel norm_forward_kernel(const Plan& plan) {
+  if (plan.cluster > 1) return norm_forward_kernel<Types, 0, kBlockRowItems, true, kAdds, kDrops>(plan);
+  if (plan.row_threads > 32) return norm_forward_kernel<Types, 0, kBlockRowItems, false, kAdds, kDrops>(plan);
   constexpr int kStreamBytes = std::max(sizeof(typename Types::Residual), sizeof(typename Types::Sum));
-  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Input), kAdds ? kStreamBytes : 0, kDrops);
-  if (plan.items == 1) return launch_norm_forward_as<Types, 32, 1, false, kAdds, kDrops>(a, plan, stream);
-  if (plan.items == 2) return launch_norm_forward_as<Types, 32, 2, false, kAdds, kDrops>(a, plan, stream);
+  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Branch), kAdds ? kStreamBytes : 0, kDrops);
+  const auto is = [&](int row_threads, int items) { return plan.row_threads == row_threads && plan.items == items; };
+  if (is(8, 1)) return norm_forward_kernel<Types, 8, 1, false, kAdds, kDrops>(plan);
+  if (is(8, 2)) return norm_forward_kernel<Types, 8, 2, false, kAdds, kDrops>(plan);
+  if constexpr (kMaxItems < 4) {
+    if (is(16, 2)) return norm_forward_kernel<Types, 16, 2, false, kAdds, kDrops>(plan);
+    if (is(32, 2)) return norm_forward_kernel<Types, 32, 2, false, kAdds, kDrops>(plan);
+  } else {
+    if (is(8, 4)) return norm_forward_kernel<Types, 8, 4, false, kAdds, kDrops>(plan);
+    if (is(16, 4)) return norm_forward_kernel<Types, 16, 4, false, kAdds, kDrops>(plan);
+    if (is(32, 4)) return norm_forward_kernel<Types, 32, 4, false, kAdds, kDrops>(plan);
+  }
   if constexpr (kMaxItems >= 3) {
-    if (plan.items == 3) return launch_norm_forward_as<Types, 32, 3, false, kAdds, kDrops>(a, plan, stream);
+    if (is(32, 3)) return norm_forward_kernel<Types, 32, 3, false, kAdds, kDrops>(plan);
   }
-  if constexpr (kMaxItems >= 4) {
-    if (plan.items == 4) return launch_norm_forward_as<Types, 32, 4, false, kAdds, kDrops>(a, plan, stream);
-  }
-  return cudaErrorInvalidConfiguration;  // a plan that forward_plan does not make
+  return {};  // a plan that forward_plan does not make
 }
 
 // One file compiles it for each of the types, so that compilers can share the work.
 template <class Types>
-cudaError_t launch_norm_forward(const NormForwardArguments& a, const ForwardPlan& plan, cudaStream_t stream) {
-  using Input = typename Types::Input;
-  if constexpr (std::is_same_v<Types, NormTypes<Input, Input, Input>>) {
-    if (a.residual == nullptr) return launch_norm_forward_as<Types, false, false>(a, plan, stream);
+NormForwardKernel norm_forward_kernel(const Plan& plan, bool adds, bool drops) {
+  using Branch = typename Types::Branch;
+  if constexpr (std::is_same_v<Types, SameStream<Branch>>) {
+    if (!adds) return norm_forward_kernel<Types, false, false>(plan);
   }
-  return a.threshold > 0 ? launch_norm_forward_as<Types, true, true>(a, plan, stream)
-                         : launch_norm_forward_as<Types, true, false>(a, plan, stream);
+  return drops ? norm_forward_kernel<Types, true, true>(plan) : norm_forward_kernel<Types, true, false>(plan);
 }
 
-// A half-precision stream, a float32 stream, and one that becomes float32 here.
-template <class Half>
-using SameTypes = NormTypes<Half, Half, Half>;
-template <class Half>
-using Float32StreamTypes = NormTypes<Half, float, float>;
-template <class Half>
-using WideningTypes = NormTypes<Half, Half, float>;
-
-#define RESNORM_NORM_FORWARD_TYPES(prefix, Types) \
-  prefix template cudaError_t launch_norm_forward<Types>(const NormForwardArguments&, const ForwardPlan&, cudaStream_t)
+#define RESNORM_NORM_FORWARD_TYPES(prefix, ...) \
+  prefix template NormForwardKernel norm_forward_kernel<__VA_ARGS__>(const Plan&, bool, bool)
 
 }  // namespace resnorm::cuda

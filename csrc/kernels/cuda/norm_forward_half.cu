@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_FORWARD_TYPES(, SameTypes<__half>);
-RESNORM_NORM_FORWARD_TYPES(, Float32StreamTypes<__half>);
-RESNORM_NORM_FORWARD_TYPES(, WideningTypes<__half>);
+RESNORM_NORM_FORWARD_TYPES(, SameStream<__half>);
+RESNORM_NORM_FORWARD_TYPES(, Float32Stream<__half>);
+RESNORM_NORM_FORWARD_TYPES(, WideningStream<__half>);
 
 }  // namespace resnorm::cuda

@@ -1,62 +1,81 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How a kernel is spread over threads: by the row's length, the element's size and the architecture. The limits are
-// those within which the kernels keep a row in registers without a spill.
+// How a kernel is spread over threads: by the row's length, the elements' sizes and the architecture (90 for sm_90).
+// The limits are those within which the kernels keep a row in registers without a spill.
 #pragma once
+
+#include <cstdint>
+
+#include "../host_device.h"
 
 namespace resnorm::cuda {
 
-struct ForwardPlan {
-  bool any;      // no kernel holds such a row: norm_forward_any
-  bool shifted;  // rows do not start or end at multiples of a vector
-  int lanes;     // of a warp that share a row; 0: the block is the row
-  int items;     // vectors that a thread holds
-  int threads;   // of a block
-  int cluster;   // blocks that share a row
+struct Plan {
+  bool any = false;        // no kernel holds such a row: the one that goes through any row element by element
+  bool shifted = false;    // rows do not start or end at multiples of a vector
+  int row_threads = 0;     // of a block that share a row: a part of a warp, warps, or the whole block
+  int items = 0;           // vectors that a thread holds
+  int threads = 0;         // of a block
+  int cluster = 1;         // blocks that share a row
+  std::int64_t tiles = 1;  // parts of a row that go to different blocks, where nothing is summed over a row
+  int parts = 0;           // of the rows, each with its own partial sums of the columns; 0 where there are none
+
+  int groups() const { return threads / row_threads; }  // of threads that share a row
 };
 
 inline constexpr int kVectorBytes = 16;
-inline constexpr int kWarpRowThreads = 128, kBlockRowThreads = 1024, kBlockRowItems = 2, kMaxCluster = 8;
+inline constexpr int kMaxCluster = 8;
 
-// How many vectors a thread of a row's only warp may hold: 64 registers hold the raw words of all operands at once.
+constexpr int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Vectors of a row; a shift may add elements before it.
+constexpr std::int64_t vectors_of(std::int64_t cols, int vector, bool shifted) {
+  return (cols + (shifted ? vector - 1 : 0) + vector - 1) / vector;
+}
+
+// ---- The norms, forward
+
+inline constexpr int kWarpRowThreads = 128, kBlockRowThreads = 1024, kBlockRowItems = 2;
+
+// How many vectors a thread of a warp may hold: 64 registers hold the raw words of all operands at once.
 constexpr int max_warp_items(int input_bytes, int stream_bytes, bool drops) {
   if (input_bytes == 4 || stream_bytes == 0) return 4;
   return stream_bytes == 2 && !drops ? 3 : 2;
 }
 
 // `stream_bytes` of an element of the residual or the sum, whichever is wider; 0 where there is no residual.
-// `architecture` as 90 for sm_90.
-inline ForwardPlan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops, bool shifted,
-                                int architecture) {
-  const int vector = kVectorBytes / input_bytes;
-  const long reach = cols + (shifted ? vector - 1 : 0);  // what a shift may add before the row
-  const auto vectors = static_cast<int>((reach + vector - 1) / vector);
-  const auto rounded = [](int value, int multiple) { return (value + multiple - 1) / multiple * multiple; };
-  if (vectors <= 8) return {false, shifted, 8, 1, kWarpRowThreads, 1};
-  const int warp_items = (vectors + 31) / 32;
-  if (warp_items <= max_warp_items(input_bytes, stream_bytes, drops)) {
-    return {false, shifted, 32, warp_items, kWarpRowThreads, 1};
-  }
+//
+// Few threads with several vectors each, rather than many with one: the more each holds, the fewer shuffles an element
+// costs, and the more loads are in flight.
+inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops, bool shifted, int architecture) {
+  const auto vectors = static_cast<int>(vectors_of(cols, kVectorBytes / input_bytes, shifted));
+  const int max_items = max_warp_items(input_bytes, stream_bytes, drops);
+  const auto warp_plan = [&](int row_threads, int items) {
+    return Plan{.shifted = shifted, .row_threads = row_threads, .items = items, .threads = kWarpRowThreads};
+  };
+  if (vectors <= 8) return warp_plan(8, 1);
+  if (vectors <= 16) return warp_plan(8, 2);
+  const int part_items = max_items >= 4 ? 4 : 2;
+  if (vectors <= 8 * part_items) return warp_plan(8, part_items);
+  if (vectors <= 16 * part_items) return warp_plan(16, part_items);
+  if (vectors <= 32 * max_items) return warp_plan(32, (vectors + 31) / 32);
   constexpr int kBlockVectors = kBlockRowThreads * kBlockRowItems;
   if (vectors <= kBlockVectors) {
-    return {false, shifted, 0, kBlockRowItems, rounded(vectors, 32 * kBlockRowItems) / kBlockRowItems, 1};
+    const int threads = rounded_up(vectors, 32 * kBlockRowItems) / kBlockRowItems;
+    return {.shifted = shifted, .row_threads = threads, .items = kBlockRowItems, .threads = threads};
   }
-  if (architecture >= 90) {
-    for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-      if (vectors <= kBlockVectors * cluster) return {false, shifted, 0, kBlockRowItems, kBlockRowThreads, cluster};
+  for (int cluster = 2; architecture >= 90 && cluster <= kMaxCluster; cluster *= 2) {
+    if (vectors <= kBlockVectors * cluster) {
+      return {.shifted = shifted,
+              .row_threads = kBlockRowThreads,
+              .items = kBlockRowItems,
+              .threads = kBlockRowThreads,
+              .cluster = cluster};
     }
   }
-  return {true, shifted, 0, 0, 0, 1};
+  return {.any = true};
 }
 
-struct BackwardPlan {
-  bool any = false;      // no kernel holds such a row: norm_backward_any
-  int items = 0;         // vectors that a thread holds
-  int row_threads = 0;   // of each block of the cluster that share a row; 32: a warp alone
-  int threads = 0;       // of a block
-  int cluster = 1;       // blocks that share a row
-  int stage_bytes = 0;   // of shared memory, for the rows of one stage
-  int staged_bytes = 0;  // and of all
-};
+// ---- The norms, backward
 
 inline constexpr int kBackwardThreads = 512, kBackwardStages = 2;
 
@@ -80,28 +99,68 @@ constexpr int max_shared_bytes(int architecture) {
   }
 }
 
-// `gradient_bytes` of an element of the output's gradient, `row_bytes` of one of each matrix that is read, together.
-inline BackwardPlan backward_plan(int cols, int gradient_bytes, int row_bytes, int architecture) {
-  const int vector = kVectorBytes / gradient_bytes, max_items = kBackwardElements / vector;
-  const int vectors = (cols + vector - 1) / vector;
-  const auto plan_of = [&](int items, int row_threads, int threads, int cluster) {
-    const int elements = items * vector * threads;
-    const int staged = kBackwardStages * elements * row_bytes, meeting = elements * 4;
-    return BackwardPlan{
-        false, items, row_threads, threads, cluster, elements * row_bytes, staged > meeting ? staged : meeting};
-  };
+// Floats that a group of threads needs where the groups' sums of the columns meet, one vector a thread at a time. The
+// pitch keeps a warp that goes through columns, and one that goes through threads, from meeting a bank twice.
+RESNORM_HOST_DEVICE constexpr int meeting_pitch(int row_threads, int vector) { return row_threads + 32 / vector; }
+RESNORM_HOST_DEVICE constexpr int meeting_size(int row_threads, int vector) {
+  return meeting_pitch(row_threads, vector) * vector;
+}
+
+// Bytes of shared memory for the rows of one stage, and for all stages or the meeting, whichever is larger.
+struct Staging {
+  int stage_bytes, total_bytes;
+};
+
+// `row_bytes` of an element of each matrix that is read, together.
+inline Staging staging_of(const Plan& plan, int vector, int row_bytes) {
+  const int stage = plan.items * vector * plan.threads * row_bytes;
+  const int meeting = plan.groups() * meeting_size(plan.row_threads, vector) * 4;
+  return {stage, kBackwardStages * stage > meeting ? kBackwardStages * stage : meeting};
+}
+
+// `gradient_bytes` of an element of the output's gradient.
+inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shifted, int architecture) {
   constexpr int kSlotBytes = 8 << 10;  // more than the row sums take
+  const int vector = kVectorBytes / gradient_bytes, max_items = kBackwardElements / vector;
+  const auto vectors = static_cast<int>(vectors_of(cols, vector, shifted));
   int threads = kBackwardThreads;
-  while (plan_of(max_items, 32, threads, 1).staged_bytes + kSlotBytes > max_shared_bytes(architecture)) threads /= 2;
-  if (vectors <= 32 * max_items) return plan_of(vectors <= 16 * max_items ? max_items / 2 : max_items, 32, threads, 1);
-  const int row_threads = (vectors + 32 * max_items - 1) / (32 * max_items) * 32;
-  if (row_threads <= threads) return plan_of(max_items, row_threads, threads / row_threads * row_threads, 1);
-  if (architecture >= 90) {
-    for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-      if (row_threads <= threads * cluster) return plan_of(max_items, threads, threads, cluster);
-    }
+  const auto plan_of = [&](int items, int row_threads, int cluster) {
+    return Plan{.shifted = shifted,
+                .row_threads = row_threads,
+                .items = items,
+                .threads = threads / row_threads * row_threads,
+                .cluster = cluster};
+  };
+  while (staging_of(plan_of(max_items, 32, 1), vector, row_bytes).total_bytes + kSlotBytes >
+         max_shared_bytes(architecture)) {
+    threads /= 2;
+  }
+  if (vectors <= 16 * max_items && !shifted) return plan_of(max_items / 2, 32, 1);
+  const int row_threads = rounded_up(vectors, 32 * max_items) / max_items;
+  if (row_threads <= threads) return plan_of(max_items, row_threads, 1);
+  for (int cluster = 2; architecture >= 90 && cluster <= kMaxCluster; cluster *= 2) {
+    if (row_threads <= threads * cluster) return plan_of(max_items, threads, cluster);
   }
   return {.any = true};
+}
+
+// ---- residual_add: nothing is summed over a row, so a row may be cut into tiles
+
+inline constexpr int kElementwiseThreads = 256, kElementwiseItems = 2;
+
+// The backward pass with an input bias, where one block a multiprocessor keeps the columns' sums.
+inline constexpr int kColumnSumThreads = 512, kColumnSumItems = 4;
+
+inline Plan elementwise_plan(std::int64_t cols, int element_bytes, bool shifted, int max_threads, int items) {
+  const std::int64_t vectors = vectors_of(cols, kVectorBytes / element_bytes, shifted);
+  const int row_threads = vectors >= static_cast<std::int64_t>(max_threads) * items
+                              ? max_threads
+                              : rounded_up(static_cast<int>(vectors), 32 * items) / items;
+  return {.shifted = shifted,
+          .row_threads = row_threads,
+          .items = items,
+          .threads = max_threads / row_threads * row_threads,
+          .tiles = (vectors + row_threads * items - 1) / (row_threads * items)};
 }
 
 }  // namespace resnorm::cuda

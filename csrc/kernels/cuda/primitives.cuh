@@ -99,6 +99,12 @@ RESNORM_DEVICE Words load_staged(const void* from) {
   return {{quad.x, quad.y, quad.z, quad.w}};
 }
 
+template <class Words>
+RESNORM_DEVICE void store_staged(void* to, const Words& words) {
+  static_assert(sizeof(Words) == 16);
+  *static_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
 // An asynchronous copy of 16 bytes. Whoever issued it may read it after async_wait has left no more than kPending later
 // groups open; others need a barrier after that. Before sm_80 it is done at once.
 RESNORM_DEVICE void async_copy16(void* shared, const void* global) {

@@ -9,8 +9,9 @@
 namespace resnorm::cuda {
 
 // The elements of columns [column, column + kVector), 0 outside [0, cols). kShifted: a vector may reach beyond the row.
-template <class T, int kVector, bool kShifted>
-RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, int column, int cols) {
+// Column: int where it holds a row's length.
+template <class T, int kVector, bool kShifted, class Column>
+RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, Column column, Column cols) {
   using Vector = Words<kVector * sizeof(T)>;
   if constexpr (kShifted) {
     if (column < 0 || column + kVector > cols) {
@@ -31,8 +32,8 @@ RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, int column, 
   return column < cols ? load_once<Vector>(row + column) : zero_words<sizeof(Vector)>();
 }
 
-template <class T, int kVector, bool kShifted>
-RESNORM_DEVICE void store_vector(T* row, int column, int cols, const float (&values)[kVector]) {
+template <class T, int kVector, bool kShifted, class Column>
+RESNORM_DEVICE void store_vector(T* row, Column column, Column cols, const float (&values)[kVector]) {
   const auto vector = Codec<T>::template pack<kVector>(values);
   if constexpr (kShifted) {
     if (column < 0 || column + kVector > cols) {
@@ -54,8 +55,8 @@ RESNORM_DEVICE void store_vector(T* row, int column, int cols, const float (&val
 }
 
 // A weight or bias, of type T or float32, by columns. Not shifted with the rows, so a shifted vector is gathered.
-template <class T, int kVector, bool kShifted>
-RESNORM_DEVICE void load_parameter(const void* parameter, bool is_float32, int column, int cols,
+template <class T, int kVector, bool kShifted, class Column>
+RESNORM_DEVICE void load_parameter(const void* parameter, bool is_float32, Column column, Column cols,
                                    float (&values)[kVector]) {
   const auto load = [&]<class P>(const P* from) {
     if constexpr (!kShifted) {

@@ -2,7 +2,7 @@
 // Sums over the threads that share a row: a part of a warp, a group of warps, a block, or a cluster of blocks.
 #pragma once
 
-#include "../philox.h"
+#include "../host_device.h"
 #include "primitives.cuh"
 
 namespace resnorm::cuda {

@@ -10,9 +10,6 @@ namespace resnorm {
 
 namespace {
 
-// The last dimension makes up a row; a zero-dimensional tensor is one row of one element.
-int64_t row_dims_of(const Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
-
 void run_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
                  const OptionalTensor& seed, Rows output) {
   const auto row_dims = row_dims_of(input);

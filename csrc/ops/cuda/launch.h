@@ -2,6 +2,7 @@
 // What every launch needs besides its operands.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 
@@ -10,6 +11,7 @@
 #include "../../kernels/cuda/device.h"
 #include "../checks.h"
 #include "../dropout.h"
+#include "../kernel_plan.h"
 #include "../operands.h"
 
 namespace resnorm {
@@ -40,9 +42,14 @@ inline const std::int64_t* seed_address(const Dropout& dropout, const OptionalTe
   return dropout.threshold > 0 ? seed->const_data_ptr<std::int64_t>() : nullptr;
 }
 
-inline void check_launch(cudaError_t error, const char* op, RowCounts counts) {
+inline Tensor device_workspace(std::size_t bytes, const Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
+inline void check_launch(cudaError_t error, const char* op, RowCounts counts, const cuda::Plan& plan) {
   TORCH_CHECK(error == cudaSuccess, op, ": launching the kernel for ", counts.rows, " rows of ", counts.cols,
-              " elements failed on sm_", current_device().architecture, ": ", cudaGetErrorString(error));
+              " elements failed on sm_", current_device().architecture, " (", describe(plan),
+              "): ", cudaGetErrorString(error));
 }
 
 }  // namespace resnorm

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "norm_backward.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -19,8 +18,6 @@ void norm_backward_cuda(const char* op, int64_t row_dims, const NormBackwardInpu
   std::optional<RowView> grad_sum_rows;
   if (inputs.grad_sum.has_value()) grad_sum_rows.emplace(*inputs.grad_sum, row_dims);
   const VectorView weight(inputs.weight), mean(inputs.mean), rstd(inputs.rstd);
-  const auto dropout = dropout_of(inputs.dropout_p);
-  const auto device = current_device();
   AddLayerNormBackward arguments = {.rows = counts.rows,
                                     .cols = counts.cols,
                                     .grad_output = grad_output_rows.const_rows(),
@@ -29,18 +26,18 @@ void norm_backward_cuda(const char* op, int64_t row_dims, const NormBackwardInpu
                                     .weight = weight.const_vector(),
                                     .mean = mean.const_vector().data,
                                     .rstd = rstd.const_vector().data,
-                                    .dropout = dropout,
+                                    .dropout = dropout_of(inputs.dropout_p),
                                     .grad_input = results.grad_input,
                                     .grad_residual = results.grad_residual,
                                     .grad_weight = results.grad_weight,
                                     .grad_bias = results.grad_bias,
                                     .grad_input_bias = results.grad_input_bias};
-  const auto bytes = static_cast<int64_t>(cuda::norm_backward_workspace_bytes(arguments, device));
-  const auto workspace = at::empty({bytes}, sum.options().dtype(at::kByte));
+  const auto plan = cuda::norm_backward_plan(arguments, inputs.adds, current_device());
+  const auto workspace = device_workspace(cuda::norm_backward_workspace_bytes(arguments, plan), sum);
   arguments.workspace = workspace.mutable_data_ptr();
-  const auto error = cuda::norm_backward(arguments, inputs.adds, seed_address(dropout, inputs.seed), device,
+  const auto error = cuda::norm_backward(arguments, inputs.adds, plan, seed_address(arguments.dropout, inputs.seed),
                                          c10::cuda::getCurrentCUDAStream());
-  check_launch(error, op, counts);
+  check_launch(error, op, counts, plan);
 }
 
 }  // namespace resnorm

@@ -37,6 +37,7 @@ struct Problem {
   KeepMask kept;
   DType accumulation;
   bool adds;
+  Plan plan;  // of the last run
 
   Problem(std::mt19937_64& generator, Shape shape, Types types, Layout layout, Options options)
       : dropout(dropout_of(options.adds ? options.dropout_p : 0.0, kSeed)),
@@ -81,9 +82,10 @@ struct Problem {
                                       .grad_weight = grad_weight.vector(),
                                       .grad_bias = grad_bias.vector(),
                                       .grad_input_bias = grad_input_bias.vector()};
-    Bytes workspace(norm_backward_workspace_bytes(arguments, device), 0xFF);
+    plan = norm_backward_plan(arguments, adds, device);
+    Bytes workspace(norm_backward_workspace_bytes(arguments, plan), 0xFF);
     arguments.workspace = workspace.data();
-    return norm_backward(arguments, adds, &kSeed, device, nullptr);
+    return norm_backward(arguments, adds, plan, &kSeed, nullptr);
   }
 
   void expect_correct() const {
@@ -167,18 +169,22 @@ TEST_P(NormBackwardTest, LongRows) {
   }
 }
 
+// Asynchronously, but for the vectors at the ends of rows that start anywhere.
 TEST_P(NormBackwardTest, MovesTheLeastBytes) {
   for (const Types type : kTypes) {
-    for (const Shape shape : {Shape{70, 64}, Shape{19, 768}, Shape{9, 2048}}) {
+    for (const Shape shape : {Shape{70, 64}, Shape{19, 768}, Shape{9, 2048}, Shape{19, 775}}) {
       SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols);
       Problem problem(generator, shape, type, {},
                       {.adds = true, .affine = false, .grad_sum = true, .grad_residual = true});
       simt::counters() = {};
       ASSERT_EQ(problem.run(), cudaSuccess);
       const auto elements = shape.rows * shape.cols;
-      EXPECT_EQ(simt::counters().copied_asynchronously, elements * (size_of(type.gradient) + 2 * size_of(type.sum)));
-      EXPECT_EQ(simt::counters().stored, elements * (size_of(type.gradient) + size_of(type.residual)));
-      EXPECT_EQ(simt::counters().loaded_once, 0);
+      const simt::Counters moved = simt::counters();
+      EXPECT_EQ(moved.copied_asynchronously + moved.loaded_once,
+                elements * (size_of(type.gradient) + 2 * size_of(type.sum)));
+      EXPECT_EQ(moved.stored, elements * (size_of(type.gradient) + size_of(type.residual)));
+      const auto row_ends = problem.plan.shifted ? 2 * kVectorBytes * 3 * shape.rows * 2 : 0;
+      EXPECT_LE(moved.loaded_once, row_ends);
     }
   }
 }
@@ -205,20 +211,38 @@ TEST_P(NormBackwardTest, RepeatsBitwise) {
   }
 }
 
+// Fewer rows than groups, fewer than there are places in a vector, and more than one round.
+TEST_P(NormBackwardTest, RowsThatStartAnywhere) {
+  for (const Types type : kTypes) {
+    for (const Shape shape : {Shape{1, 33}, Shape{5, 775}, Shape{300, 129}, Shape{150, 513}, Shape{37, 1031}}) {
+      for (const Options& options : kOptions) {
+        SCOPED_TRACE(::testing::Message()
+                     << type << " " << shape.rows << "x" << shape.cols << " options " << &options - kOptions.data());
+        Problem problem(generator, shape, type, {}, options);
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        EXPECT_TRUE(problem.plan.shifted);
+        problem.expect_correct();
+      }
+    }
+  }
+}
+
 TEST(BackwardPlanTest, HoldsEveryRowInTheSharedMemoryThereIs) {
   for (const int bytes : {2, 4}) {
     for (const int row_bytes : {2 * bytes, 3 * bytes, bytes + 8}) {
       for (const int architecture : {75, 80, 86, 90, 100, 120}) {
-        const int vector = kVectorBytes / bytes;
-        for (int cols = vector; cols <= 140000; cols += (cols / 50 / vector + 1) * vector) {
-          const BackwardPlan plan = backward_plan(cols, bytes, row_bytes, architecture);
-          if (plan.any) continue;
-          EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, cols);
-          EXPECT_EQ(plan.threads % plan.row_threads, 0);
-          EXPECT_LE(plan.threads, kBackwardThreads);
-          EXPECT_LE(plan.staged_bytes, max_shared_bytes(architecture));
-          EXPECT_TRUE(plan.row_threads == 32 || plan.threads / plan.row_threads <= 15) << "named barriers";
-          EXPECT_TRUE(plan.cluster == 1 || architecture >= 90);
+        for (const bool shifted : {false, true}) {
+          const int vector = kVectorBytes / bytes;
+          for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
+            const Plan plan = backward_plan(cols, bytes, row_bytes, shifted, architecture);
+            if (plan.any) continue;
+            EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, cols + (shifted ? vector - 1 : 0));
+            EXPECT_EQ(plan.threads % plan.row_threads, 0);
+            EXPECT_LE(plan.threads, kBackwardThreads);
+            EXPECT_LE(staging_of(plan, vector, row_bytes).total_bytes, max_shared_bytes(architecture));
+            EXPECT_TRUE(plan.row_threads == 32 || plan.groups() <= 15) << "named barriers";
+            EXPECT_TRUE(plan.cluster == 1 || architecture >= 90);
+          }
         }
       }
     }

@@ -58,20 +58,20 @@ struct Problem {
   cudaError_t run(int architecture = kNewest) { return run(architecture, output.operand(), sum_operand()); }
 
   cudaError_t run(int architecture, Rows output_rows, Rows sum_rows) {
-    return norm_forward({.rows = input.rows(),
-                         .cols = input.cols(),
-                         .input = input.const_operand(),
-                         .residual = residual.const_operand(),
-                         .input_bias = input_bias.const_vector(),
-                         .weight = weight.const_vector(),
-                         .bias = bias.const_vector(),
-                         .dropout = dropout,
-                         .eps = kEps,
-                         .output = output_rows,
-                         .sum = sum_rows,
-                         .mean = mean.vector().data,
-                         .rstd = rstd.vector().data},
-                        &kSeed, {architecture, 4}, nullptr);
+    const AddLayerNormForward arguments = {.rows = input.rows(),
+                                           .cols = input.cols(),
+                                           .input = input.const_operand(),
+                                           .residual = residual.const_operand(),
+                                           .input_bias = input_bias.const_vector(),
+                                           .weight = weight.const_vector(),
+                                           .bias = bias.const_vector(),
+                                           .dropout = dropout,
+                                           .eps = kEps,
+                                           .output = output_rows,
+                                           .sum = sum_rows,
+                                           .mean = mean.vector().data,
+                                           .rstd = rstd.vector().data};
+    return norm_forward(arguments, norm_forward_plan(arguments, {architecture, 4}), &kSeed, nullptr);
   }
 
   // A sum that is not stored still has a dtype.
@@ -246,11 +246,10 @@ TEST(ForwardPlanTest, HoldsEveryRow) {
       for (const int architecture : {75, 80, 90, 120}) {
         for (const bool shifted : {false, true}) {
           for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
-            const ForwardPlan plan = forward_plan(cols, bytes, stream_bytes, shifted, shifted, architecture);
+            const Plan plan = forward_plan(cols, bytes, stream_bytes, shifted, shifted, architecture);
             if (plan.any) continue;
-            const int vector = kVectorBytes / bytes, row_threads = plan.lanes > 0 ? plan.lanes : plan.threads;
-            const int needed = cols + (shifted ? vector - 1 : 0);
-            EXPECT_GE(row_threads * plan.items * plan.cluster * vector, needed);
+            const int vector = kVectorBytes / bytes, needed = cols + (shifted ? vector - 1 : 0);
+            EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, needed);
             EXPECT_EQ(plan.threads % 32, 0);
             EXPECT_LE(plan.threads, 1024);
             EXPECT_TRUE(plan.cluster == 1 || architecture >= 90);

@@ -28,6 +28,8 @@ const char* name_of(Access access) {
       return "load from shared memory";
     case Access::kStore:
       return "store";
+    case Access::kStoreStaged:
+      return "store to shared memory";
     case Access::kCopyFrom:
       return "asynchronous copy from global memory";
     case Access::kCopyTo:
@@ -104,11 +106,11 @@ void note_access(Access access, const void* at, std::size_t bytes, std::size_t a
   if (reinterpret_cast<std::uintptr_t>(at) % alignment != 0) {
     fail("misaligned %s: %p is no multiple of %zu bytes", name, at, alignment);
   }
-  const bool to_shared = access == Access::kLoadStaged || access == Access::kCopyTo;
+  const bool to_shared = access == Access::kLoadStaged || access == Access::kStoreStaged || access == Access::kCopyTo;
   if (to_shared && !lies_in(own_block(), at, bytes)) fail("%s: %p is outside of it", name, at);
   const bool shared = is_shared(at);
   if (!to_shared && shared && access != Access::kStore) fail("%s: %p is in shared memory", name, at);
-  if (access == Access::kStore || access == Access::kCopyTo) {
+  if (access == Access::kStore || access == Access::kStoreStaged || access == Access::kCopyTo) {
     announce_write(at, bytes);
   } else {
     announce_read(at, bytes);

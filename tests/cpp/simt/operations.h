@@ -18,7 +18,7 @@ const Launch& current_launch();
 
 unsigned char* shared_memory();
 
-enum class Access { kLoadOnce, kLoadKept, kLoadStaged, kStore, kCopyFrom, kCopyTo };
+enum class Access { kLoadOnce, kLoadKept, kLoadStaged, kStore, kStoreStaged, kCopyFrom, kCopyTo };
 
 // Fails where the device would fault, counts the bytes, and tells ThreadSanitizer of the access.
 void note_access(Access access, const void* at, std::size_t bytes, std::size_t alignment);

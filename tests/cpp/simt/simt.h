@@ -83,6 +83,13 @@ void store(void* to, const Words& words) {
   std::memcpy(to, static_cast<const void*>(&words), sizeof words);
 }
 
+template <class Words>
+void store_staged(void* to, const Words& words) {
+  static_assert(sizeof(Words) == 16);
+  simt::note_access(simt::Access::kStoreStaged, to, sizeof words, 16);
+  std::memcpy(to, static_cast<const void*>(&words), sizeof words);
+}
+
 inline void async_copy16(void* shared, const void* global) {
   simt::begin_copy(shared, global);
   simt::note_access(simt::Access::kCopyTo, shared, 16, 16);

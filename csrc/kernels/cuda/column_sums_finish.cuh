@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The last step of the backward pass: partial sums of the columns, one row of them for each of some parts of the
-// matrix, become gradients in their own types. Always in the same order, so the same bits from run to run.
+// The last step of a backward pass: partial sums of the columns, one row of them for each of some parts of the matrix,
+// become gradients in their own types. Always in the same order, so the same bits from run to run.
 #pragma once
 
 #include "element.cuh"
@@ -20,7 +20,7 @@ struct FinishArguments {
 
 template <class Value>
 RESNORM_KERNEL(kFinishThreads, 1)
-norm_backward_finish(const FinishArguments a) {
+column_sums_finish(const FinishArguments a) {
   constexpr int kSlices = kFinishThreads / 32, kPitch = 33;  // 33: a warp's column meets no bank twice
   auto* const slices = reinterpret_cast<Value*>(shared_memory());
   const int lane = thread_index() % 32, slice = thread_index() / 32;
