@@ -60,9 +60,9 @@ ConstVector VectorView::const_vector() const {
   return {tensor_.const_data_ptr(), kernel_dtype(tensor_.scalar_type())};
 }
 
-Rows result_rows(const at::Tensor& result, int64_t cols, bool wanted) {
+Rows result_rows(const at::Tensor& result, int64_t row_dims, bool wanted) {
   if (!wanted) return {};
-  return {result.mutable_data_ptr(), cols, kernel_dtype(result.scalar_type())};
+  return {result.mutable_data_ptr(), row_counts(result, row_dims).cols, kernel_dtype(result.scalar_type())};
 }
 
 Rows unstored_rows(at::ScalarType dtype) { return {.dtype = kernel_dtype(dtype)}; }

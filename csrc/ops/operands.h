@@ -49,7 +49,7 @@ class VectorView {
 };
 
 // A freshly allocated result; one that was not asked for (unused_result) is an absent operand.
-Rows result_rows(const at::Tensor& result, int64_t cols, bool wanted);
+Rows result_rows(const at::Tensor& result, int64_t row_dims, bool wanted);
 Rows unstored_rows(at::ScalarType dtype);  // absent, but of a dtype that counts
 Vector result_vector(const at::Tensor& result, bool wanted);
 
@@ -59,8 +59,5 @@ struct RowCounts {
   int64_t rows, cols;
 };
 RowCounts row_counts(const at::Tensor& tensor, int64_t row_dims);
-
-// Where nothing is normalized, the last dimension makes up a row; a zero-dimensional tensor is one row of one element.
-inline int64_t row_dims_of(const at::Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
 
 }  // namespace resnorm

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <initializer_list>
 #include <stdexcept>
 
 #include "../../kernels/cpu/dispatch.h"
@@ -11,16 +12,24 @@
 
 namespace resnorm {
 
-Dropout kernel_dropout(double p, const std::optional<at::Tensor>& seed) {
-  const auto threshold = dropout_threshold(p);
-  if (threshold == 0) return {};
-  return {threshold, dropout_scale(threshold), static_cast<std::uint64_t>(seed->item<int64_t>())};
+namespace {
+
+template <class Arguments>
+void run_backward(void (*kernel)(const Arguments&, cpu::ParallelFor), Arguments arguments,
+                  std::initializer_list<Vector> sums, std::initializer_list<DType> accumulated) {
+  int wanted = 0;
+  for (const auto& sum : sums) wanted += sum.data != nullptr;
+  auto accumulation = DType::kFloat32;
+  for (const auto dtype : accumulated) {
+    if (dtype == DType::kFloat64) accumulation = dtype;
+  }
+  const auto bytes = cpu::backward_workspace_bytes(arguments.rows, arguments.cols, wanted, accumulation);
+  const auto workspace = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
+  arguments.workspace = workspace.mutable_data_ptr();
+  kernel(arguments, parallel_for);
 }
 
-at::Tensor backward_workspace(RowCounts counts, int column_sums, at::ScalarType accumulation) {
-  const auto bytes = cpu::backward_workspace_bytes(counts.rows, counts.cols, column_sums, kernel_dtype(accumulation));
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
-}
+}  // namespace
 
 const cpu::KernelTable& cpu_kernels() {
   try {
@@ -32,6 +41,32 @@ const cpu::KernelTable& cpu_kernels() {
 
 void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void* context) {
   at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+Dropout CpuKernels::dropout(double p, const std::optional<at::Tensor>& seed) const {
+  const auto threshold = dropout_threshold(p);
+  if (threshold == 0) return {};
+  return {threshold, dropout_scale(threshold), static_cast<std::uint64_t>(seed->item<int64_t>())};
+}
+
+void CpuKernels::run(const LayerNormForward& a) const { cpu_kernels().layer_norm_forward(a, parallel_for); }
+
+void CpuKernels::run(const LayerNormBackward& a) const {
+  run_backward(cpu_kernels().layer_norm_backward, a, {a.grad_weight, a.grad_bias},
+               {a.input.dtype, a.grad_output.dtype});
+}
+
+void CpuKernels::run(const AddLayerNormForward& a) const { cpu_kernels().add_layer_norm_forward(a, parallel_for); }
+
+void CpuKernels::run(const AddLayerNormBackward& a) const {
+  run_backward(cpu_kernels().add_layer_norm_backward, a, {a.grad_weight, a.grad_bias, a.grad_input_bias},
+               {a.sum.dtype, a.grad_output.dtype});
+}
+
+void CpuKernels::run(const ResidualAddForward& a) const { cpu_kernels().residual_add_forward(a, parallel_for); }
+
+void CpuKernels::run(const ResidualAddBackward& a) const {
+  run_backward(cpu_kernels().residual_add_backward, a, {a.grad_input_bias}, {a.grad_output.dtype, a.grad_input.dtype});
 }
 
 }  // namespace resnorm

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a call of a CPU kernel needs besides its operands.
+// The CPU's kernels, as the operators call them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "../../kernels/cpu/kernels.h"
-#include "../operands.h"
 
 namespace resnorm {
 
@@ -17,9 +16,20 @@ const cpu::KernelTable& cpu_kernels();
 // PyTorch's own thread pool, as the kernels call it.
 void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void* context);
 
-Dropout kernel_dropout(double p, const std::optional<at::Tensor>& seed);
+// One call's, for the operators of ../device.
+class CpuKernels {
+ public:
+  CpuKernels(const char*, const at::Tensor&) {}
 
-// Scratch memory for a backward pass that sums `column_sums` columns' gradients.
-at::Tensor backward_workspace(RowCounts counts, int column_sums, at::ScalarType accumulation);
+  Dropout dropout(double p, const std::optional<at::Tensor>& seed) const;
+
+  // A backward pass has its workspace from here.
+  void run(const LayerNormForward& arguments) const;
+  void run(const LayerNormBackward& arguments) const;
+  void run(const AddLayerNormForward& arguments) const;
+  void run(const AddLayerNormBackward& arguments) const;
+  void run(const ResidualAddForward& arguments) const;
+  void run(const ResidualAddBackward& arguments) const;
+};
 
 }  // namespace resnorm
