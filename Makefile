@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | lint | format | cpp-test | wheel | clean. PYTHON names the interpreter that .venv is made from.
+# make demo | test | lint | format | cpp-test | wheel | clean. PYTHON names the interpreter of .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ format: $(VENV)/installed
 cpp-test:
 	cmake -S . -B $(CMAKE_BUILD) $(CMAKE_FLAGS)
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
-	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --no-isolation

@@ -47,9 +47,9 @@ class Matrix {
                  kGuardByte) {}
 
   static Matrix random(std::mt19937_64& generator, std::int64_t rows, std::int64_t cols, DType dtype,
-                       Layout layout = {}, double mean = 0.0) {
+                       Layout layout = {}, double mean = 0.0, double deviation = 1.0) {
     Matrix matrix(rows, cols, dtype, layout);
-    std::normal_distribution<double> normal(mean, 1.0);
+    std::normal_distribution<double> normal(mean, deviation);
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t col = 0; col < cols; ++col) matrix.set(row, col, normal(generator));
     }

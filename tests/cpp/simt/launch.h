@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 
 namespace resnorm::simt {
 
@@ -35,18 +36,19 @@ struct Counters {
 // To be assigned to as well: counters() = {} resets them.
 Counters& counters();
 
-// Runs `body` once per thread. Returns when all have left; a fault that the emulation sees ends the process. Only one
-// thread of the host may launch.
-void launch(const Launch& launch, const std::function<void()>& body, Order order, std::uint64_t seed = 0);
-
-// The same in the order that the test has chosen with schedule() = {...}, for launches that the code under test makes.
-void launch(const Launch& launch, const std::function<void()>& body);
-
 struct Schedule {
   Order order = Order::kForward;
   std::uint64_t seed = 0;
+  // How many clusters of each grid run, the last ones: so the end of a grid is reached that would take days in whole.
+  int last_clusters = std::numeric_limits<int>::max();
 };
+
+// The schedule of launches that the code under test makes. Tests assign to it.
 Schedule& schedule();
+
+// Runs `body` once per thread. Returns when all have left; a fault that the emulation sees ends the process. Only one
+// thread of the host may launch.
+void launch(const Launch& launch, const std::function<void()>& body, const Schedule& schedule = simt::schedule());
 
 // Writes "SIMT: ", the message and where it happened to the standard error and ends the process at once with
 // kFailureStatus: there is no way to unwind the other fibers. Tests expect it with EXPECT_EXIT or EXPECT_DEATH.

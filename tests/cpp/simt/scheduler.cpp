@@ -82,8 +82,7 @@ class ReadyThreads {
 struct {
   Launch launch;
   const std::function<void()>* body = nullptr;
-  Order order = Order::kForward;
-  std::uint64_t seed = 0;
+  Schedule schedule;
   Cluster cluster;
   Thread* current = nullptr;  // nullptr: the caller of launch()
   Fiber caller;
@@ -155,7 +154,7 @@ void run_cluster(int first_block) {
   running.cluster.live = count;
   for (int rank = 0; rank < launch.cluster; ++rank) running.cluster.blocks.push_back(make_block(launch));
   const int warps = static_cast<int>(running.cluster.blocks[0].warps.size());
-  ready_threads.reset(running.order, warps * launch.cluster, count);
+  ready_threads.reset(running.schedule.order, warps * launch.cluster, count);
   release(&running.tag);
   for (int i = 0; i < count; ++i) {
     Thread& thread = *threads[i];
@@ -182,7 +181,7 @@ const char* name_of(Order order) {
 }  // namespace
 
 const Launch& current_launch() { return running.launch; }
-Order current_order() { return running.order; }
+Order current_order() { return running.schedule.order; }
 Cluster& cluster() { return running.cluster; }
 Counters& counters() { return all_counters; }
 Schedule& schedule() { return chosen_schedule; }
@@ -218,13 +217,13 @@ void fail(const char* format, ...) {
   va_end(arguments);
   if (const Thread* thread = running.current) {
     std::fprintf(stderr, " (thread %d of block %d, %s order, seed %llu)", thread->index, thread->block,
-                 name_of(running.order), static_cast<unsigned long long>(running.seed));
+                 name_of(running.schedule.order), static_cast<unsigned long long>(running.schedule.seed));
   }
   std::fputc('\n', stderr);
   _exit(kFailureStatus);
 }
 
-void launch(const Launch& launch, const std::function<void()>& body, Order order, std::uint64_t seed) {
+void launch(const Launch& launch, const std::function<void()>& body, const Schedule& schedule) {
   if (running.current != nullptr) fail("a launch inside a kernel");
   if (launch.block < 1 || launch.block > kMaxBlockThreads) fail("a block of %d threads", launch.block);
   if (launch.shared_bytes < 0 || launch.shared_bytes > kMaxSharedBytes) {
@@ -236,23 +235,18 @@ void launch(const Launch& launch, const std::function<void()>& body, Order order
   }
   running.launch = launch;
   running.body = &body;
-  running.order = order;
-  running.seed = seed;
-  ready_threads.seed(seed);
+  running.schedule = schedule;
+  ready_threads.seed(schedule.seed);
   adopt_caller(running.caller);
   while (threads.size() < static_cast<std::size_t>(launch.block) * launch.cluster) {
     threads.push_back(std::make_unique<Thread>());
     allocate(threads.back()->fiber);
   }
-  const int clusters = launch.grid / launch.cluster;
-  for (int i = 0; i < clusters; ++i) {
-    run_cluster((order == Order::kReverse ? clusters - 1 - i : i) * launch.cluster);
+  const int clusters = launch.grid / launch.cluster, count = std::min(schedule.last_clusters, clusters);
+  for (int i = 0; i < count; ++i) {
+    run_cluster((schedule.order == Order::kReverse ? clusters - 1 - i : clusters - count + i) * launch.cluster);
   }
   running.cluster = Cluster{};
-}
-
-void launch(const Launch& configuration, const std::function<void()>& body) {
-  launch(configuration, body, chosen_schedule.order, chosen_schedule.seed);
 }
 
 }  // namespace resnorm::simt
