@@ -41,13 +41,14 @@ struct Shape {
 };
 
 // Which elements of a matrix dropout keeps, by the contract: element e takes half-word e mod 8, low half first, of the
-// block at counter e / 8.
+// block at counter e / 8. The rows may be the last ones of a longer matrix, in which they begin with `first_element`.
 class KeepMask {
  public:
-  KeepMask(const Dropout& dropout, Shape shape) : cols_(shape.cols) {
-    const auto count = static_cast<std::uint64_t>(shape.rows * shape.cols);
-    for (std::uint64_t element = 0; element < count; ++element) {
-      if (element % 8 == 0) block_ = philox::block(element / 8, dropout.seed);
+  KeepMask(const Dropout& dropout, Shape shape, std::int64_t first_element = 0) : cols_(shape.cols) {
+    const auto first = static_cast<std::uint64_t>(first_element);
+    const auto end = first + static_cast<std::uint64_t>(shape.rows * shape.cols);
+    for (std::uint64_t element = first; element < end; ++element) {
+      if (element == first || element % 8 == 0) block_ = philox::block(element / 8, dropout.seed);
       const std::uint32_t draw = block_.words[element % 8 / 2] >> (element % 2 * 16) & 0xFFFFU;
       kept_.push_back(draw >= dropout.threshold);
     }
