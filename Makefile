@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | lint | format | cpp-test | wheel | clean. PYTHON names the interpreter of .venv.
+# make demo | test | lint | format | cpp-test | mutate | wheel | clean. PYTHON names the interpreter of .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ CMAKE_FLAGS ?=
 
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test lint format cpp-test wheel clean
+.PHONY: demo test lint format cpp-test mutate wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -30,6 +30,10 @@ cpp-test:
 	cmake -S . -B $(CMAKE_BUILD) $(CMAKE_FLAGS)
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
+
+# Whether the tests of the CUDA kernels notice faults: an hour or so. WORDS="row sum" tries those of such a name alone.
+mutate:
+	$(PYTHON) tests/cpp/mutation/mutate.py $(WORDS)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --no-isolation
