@@ -5,12 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from tiny_project import Project
-
-# Compiled code and first calls make single examples slow, and a failure must be the same on every machine.
-settings.register_profile("resnorm_ext", deadline=None, derandomize=True)
-settings.load_profile("resnorm_ext")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

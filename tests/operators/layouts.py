@@ -12,11 +12,13 @@ LAYOUTS = ("contiguous", "offset", "row strided", "uneven rows", "transposed", "
 WRITABLE_LAYOUTS = LAYOUTS[:-1]
 
 
-def empty(shape: torch.Size, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
+def empty(
+    shape: torch.Size, dtype: torch.dtype, layout: str, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """(view, buffer): a view of ``shape`` and the memory, full of NaN, that it shows a part of."""
 
     def buffer(*sizes: int) -> Tensor:
-        return torch.full(sizes, math.nan, dtype=dtype)
+        return torch.full(sizes, math.nan, dtype=dtype, device=device)
 
     if layout == "contiguous" or not shape:
         memory = buffer(*shape)
@@ -45,7 +47,7 @@ def empty(shape: torch.Size, dtype: torch.dtype, layout: str) -> tuple[Tensor, T
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """``tensor``'s values in ``layout``; an expanded tensor repeats the first row."""
-    view, memory = empty(tensor.shape, tensor.dtype, layout)
+    view, memory = empty(tensor.shape, tensor.dtype, layout, tensor.device)
     if layout == "expanded":
         memory.copy_(tensor.reshape(-1, *memory.shape)[0] if tensor.numel() else torch.zeros(()))
     else:

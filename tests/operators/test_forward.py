@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resnorm_ext import reference
-
-from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, accumulation, eps_of, to_double
+from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case
+from .exactness import check_results
 from .layouts import LAYOUTS, WRITABLE_LAYOUTS, empty, lay_out
 
 # Around the widths of vectors and unrolled loops, hidden sizes people use, and odd ones.
@@ -51,46 +50,13 @@ def empty_results(case: Case, inputs, options, layouts) -> list[tuple[Tensor, Te
     ]
 
 
-def check(
-    case: Case, inputs, results, *, normalized_dims: int, residual_dtype: torch.dtype | None = None, **_options
-) -> None:
-    """Each result is the formula's but for its dtype's rounding and a few roundings of the accumulation."""
-    exact = to_double(inputs)
-    absent = torch.zeros((), dtype=torch.float64)
-    weight, bias = exact.pop("weight", absent + 1), exact.pop("bias", absent)
-    dtypes = [inputs["input"].dtype]
-    if case.adds:  # the sum's, stored or not; to sum up counts each operand's, to normalise the sum's alone
-        dtypes.append(residual_dtype or torch.promote_types(dtypes[0], inputs["residual"].dtype))
-    if not case.normalizes:
-        dtypes.append(inputs["residual"].dtype)
-    eps = eps_of(accumulation(*dtypes))
-    s, error_of_s = exact["input"], torch.zeros_like(exact["input"])
-    if case.adds:
-        (s,) = Case("residual_add", dropout_p=case.dropout_p).reference(exact)
-        error_of_s = 2 * eps * (exact["residual"].abs() + exact["input"].abs() + exact.get("input_bias", absent).abs())
-    expected, errors = {"s": s}, {"s": error_of_s}
-    if case.normalizes and s.numel():
-        dims = tuple(range(-normalized_dims, 0))
-        x = reference.layer_norm(s, s.shape[-normalized_dims:])
-        rstd = torch.rsqrt(s.var(dims, correction=0, keepdim=True) + 1e-5)
-        error_of_x = 8 * eps * (1 + x.abs().amax(dims, keepdim=True)) + 2 * error_of_s.amax(dims, True) * rstd
-        expected["y"] = x * weight + bias
-        errors["y"] = error_of_x * weight.abs() + eps * bias.abs()
-    for name, result in zip(case.outputs, results, strict=True):
-        assert result.shape == s.shape
-        if s.numel():
-            rounding = eps_of(result.dtype) / 2 * expected[name].abs() + torch.finfo(result.dtype).smallest_normal
-            worst = ((result.double() - expected[name]).abs() / (errors[name] + rounding)).max()
-            assert worst <= 1, f"{name} is off by {worst} tolerances"
-
-
 @pytest.mark.every_isa
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_usual_size(case, dtype):
     inputs, options = make(case, ((4, 16), (768,)), {"dtype": dtype, "residual_dtype": None})
-    check(case, inputs, case.ours(inputs, **options), **options)
+    check_results(case, inputs, case.ours(inputs, **options), **options)
 
 
 @pytest.mark.every_isa
@@ -106,7 +72,7 @@ def test_any_shape_strides_and_dtypes(case, shape, dtypes, layouts):
     inputs = {name: lay_out(t, layout) for (name, t), layout in zip(inputs.items(), layouts, strict=False)}
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     results = case.ours(inputs, **options)
-    check(case, inputs, results, **options)
+    check_results(case, inputs, results, **options)
     assert all(result.is_contiguous() for result in results)
     assert [r.dtype for r in results] == [view.dtype for view, _ in empty_results(case, inputs, options, layouts)]
     assert all(torch.equal(inputs[name], before[name]) for name in inputs), "an input was written"
@@ -166,7 +132,7 @@ def test_a_scalar_residual_add():
 def test_one_huge_row_and_many_tiny_ones(case):
     for shape in [(1, 300_007), (60_001, 3), (3, 65536)]:
         inputs, options = make(case, (shape[:1], shape[1:]), {"dtype": torch.float32, "residual_dtype": None})
-        check(case, inputs, case.ours(inputs, **options), **options)
+        check_results(case, inputs, case.ours(inputs, **options), **options)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.5])

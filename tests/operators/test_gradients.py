@@ -14,7 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from resnorm_ext.functional import add_layer_norm, residual_add
 
-from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, Inputs, eps_of, require_grad, to_double
+from .cases import CASES, DTYPES, FULL_CASES, HALVES, Case, Inputs, require_grad
+from .exactness import check_gradients, incoming_gradients, random_like
 from .layouts import LAYOUTS, lay_out
 
 
@@ -23,36 +24,15 @@ def as_function(case: Case, names: tuple[str, ...], **options):
     return lambda *tensors: case.ours(dict(zip(names, tensors, strict=True)), **options)
 
 
-def random_like(outputs: tuple[Tensor, ...], seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-
-
 def gradients(case: Case, inputs: Inputs, grads: list[Tensor] | None = None, **options) -> dict[str, Tensor]:
     leaves = require_grad(inputs)
     outputs = case.ours(leaves, **options)
     return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), grads or random_like(outputs)), strict=True))
 
 
-def reference_gradients(case: Case, inputs: Inputs, grads: list[Tensor], **options) -> dict[str, Tensor]:
-    leaves = require_grad(to_double(inputs))
-    outputs = case.reference(leaves, **options)
-    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), [g.double() for g in grads]), strict=True))
-
-
-def check(case: Case, inputs: Inputs, **options) -> None:
-    """Each gradient has its tensor's dtype and shape and is the formula's, within what the dtypes can hold."""
-    grads = random_like(case.reference(inputs, **options))
-    dtype, residual = inputs["input"].dtype, inputs.get("residual", inputs["input"]).dtype
-    grads = [g.to({"y": dtype, "s": torch.promote_types(dtype, residual)}[n]) for g, n in zip(grads, case.outputs)]
-    actual, expected = (f(case, inputs, grads, **options) for f in (gradients, reference_gradients))
-    for name, tensor in inputs.items():
-        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
-        # The sum is stored in the stream's dtype, and the gradients are taken from what is stored.
-        resolution = max(eps_of(tensor.dtype), eps_of(torch.promote_types(dtype, residual)) if case.normalizes else 0.0)
-        resolution = max(resolution, eps_of(dtype) if name == "input" else 0.0)
-        largest = expected[name].abs().max() if tensor.numel() else 0.0
-        torch.testing.assert_close(actual[name].double(), expected[name], rtol=0, atol=float(8 * resolution * largest))
+def check(case: Case, inputs: Inputs) -> None:
+    grads = incoming_gradients(case, inputs)
+    check_gradients(case, inputs, gradients(case, inputs, grads), grads)
 
 
 @pytest.mark.parametrize("normalized_dims", [1, 2])

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How far results and gradients may be from the float64 formula's: what their dtypes round, and a little more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnorm_ext import reference
+
+from .cases import Case, Inputs, accumulation, eps_of, require_grad, to_double
+
+
+def check_results(
+    case: Case,
+    inputs: Inputs,
+    results: tuple[Tensor, ...],
+    *,
+    normalized_dims: int = 1,
+    residual_dtype: torch.dtype | None = None,
+) -> None:
+    """Each result is the formula's but for its dtype's rounding and a few roundings of the accumulation."""
+    exact = to_double(inputs)
+    absent = torch.zeros((), dtype=torch.float64)
+    weight, bias = exact.pop("weight", absent + 1), exact.pop("bias", absent)
+    dtypes = [inputs["input"].dtype]
+    if case.adds:  # the sum's, stored or not; to sum up counts each operand's, to normalise the sum's alone
+        dtypes.append(_sum_dtype(inputs, residual_dtype))
+    if not case.normalizes:
+        dtypes.append(inputs["residual"].dtype)
+    eps = eps_of(accumulation(*dtypes))
+    s, error_of_s = exact["input"], torch.zeros_like(exact["input"])
+    if case.adds:
+        (s,) = Case("residual_add", dropout_p=case.dropout_p).reference(exact)
+        error_of_s = 2 * eps * (exact["residual"].abs() + exact["input"].abs() + exact.get("input_bias", absent).abs())
+    expected, errors = {"s": s}, {"s": error_of_s}
+    if case.normalizes and s.numel():
+        dims = tuple(range(-normalized_dims, 0))
+        # Without what the row has in common, which float64 rounds too and a constant row shows multiplied.
+        x = reference.layer_norm(s - s[(..., *[slice(1)] * normalized_dims)], s.shape[-normalized_dims:])
+        rstd = torch.rsqrt(s.var(dims, correction=0, keepdim=True) + 1e-5)
+        error_of_x = 8 * eps * (1 + x.abs().amax(dims, keepdim=True)) + 2 * error_of_s.amax(dims, True) * rstd
+        expected["y"] = x * weight + bias
+        errors["y"] = error_of_x * weight.abs() + eps * bias.abs()
+    for name, result in zip(case.outputs, results, strict=True):
+        assert result.shape == s.shape
+        if s.numel():
+            rounding = eps_of(result.dtype) / 2 * expected[name].abs() + torch.finfo(result.dtype).smallest_normal
+            worst = ((result.double() - expected[name]).abs() / (errors[name] + rounding)).max()
+            assert worst <= 1, f"{name} is off by {worst} tolerances"
+
+
+def random_like(outputs: tuple[Tensor, ...], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def incoming_gradients(case: Case, inputs: Inputs, residual_dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Random gradients of the results that ``inputs`` give, in the results' dtypes."""
+    input = inputs["input"]
+    dtypes = {"y": input.dtype, "s": _sum_dtype(inputs, residual_dtype)}
+    return random_like(tuple(torch.empty_like(input, dtype=dtypes[name]) for name in case.outputs))
+
+
+def reference_gradients(case: Case, inputs: Inputs, grads: list[Tensor], **options) -> dict[str, Tensor]:
+    leaves = require_grad(to_double(inputs))
+    outputs = case.reference(leaves, **options)
+    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), [g.double() for g in grads]), strict=True))
+
+
+def check_gradients(
+    case: Case,
+    inputs: Inputs,
+    gradients: Inputs,
+    grads: list[Tensor],
+    *,
+    residual_dtype: torch.dtype | None = None,
+    **options,
+) -> None:
+    """Each of ``gradients`` has its tensor's dtype and shape and is the formula's for the incoming ``grads``."""
+    expected = reference_gradients(case, inputs, grads, **options)
+    for name, tensor in inputs.items():
+        assert gradients[name].dtype == tensor.dtype and gradients[name].shape == tensor.shape
+        # The sum is stored in the stream's dtype, and the gradients are taken from what is stored.
+        stored = eps_of(_sum_dtype(inputs, residual_dtype)) if case.normalizes else 0.0
+        resolution = max(eps_of(tensor.dtype), stored, eps_of(inputs["input"].dtype) if name == "input" else 0.0)
+        largest = expected[name].abs().max() if tensor.numel() else 0.0
+        bound = float(8 * resolution * largest)
+        torch.testing.assert_close(gradients[name].double(), expected[name], rtol=0, atol=bound)
+
+
+def _sum_dtype(inputs: Inputs, residual_dtype: torch.dtype | None) -> torch.dtype:
+    input = inputs["input"]
+    return residual_dtype or torch.promote_types(input.dtype, inputs.get("residual", input).dtype)
