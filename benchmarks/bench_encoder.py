@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from harness import start, write
+from harness import environment, parser, start
+from results import Results
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
@@ -32,12 +33,12 @@ PARTS = {
 
 
 def main() -> None:
-    options = start(__doc__)
+    options = start(parser(__doc__).parse_args())
+    results = Results(options.output, "encoder", environment(options))
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     original = AutoModel.from_pretrained(bundled_model()).eval()
     accelerated = resnorm_ext.accelerate(copy.deepcopy(original))
     texts = standard_library_texts()
-    records = []
     for order, ordered in {"arrival": texts, "sorted": sorted(texts, key=len)}.items():
         batches = [tokenize(tokenizer, ordered[i : i + BATCH_SIZE]) for i in range(0, len(ordered), BATCH_SIZE)]
         seconds = time_batches(contenders(original, accelerated), batches)
@@ -48,8 +49,9 @@ def main() -> None:
         parts = profile_parts(accelerated, batches)
         for name, share in parts.items():
             print(f"    of the accelerated time, {name:20}{share:7.1%}")
-        records.append({"case": {"order": order, "model": "MiniLM"}, "seconds": seconds, "parts": parts})
-    write(options.output, "encoder", records)
+        for name, value in seconds.items():
+            case = {"operation": "encode", "model": "MiniLM", "order": order}
+            results.write(case, name, seconds=value, **({"parts": parts} if name == "accelerated" else {}))
 
 
 def contenders(original: torch.nn.Module, accelerated: torch.nn.Module) -> dict[str, Callable]:

@@ -1,101 +1,207 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LayerNorm and add + LayerNorm, forward and backward, against PyTorch's own: python benchmarks/bench_norm.py"""
+"""LayerNorm, add + LayerNorm and dropout + add + LayerNorm, forward and backward, against everybody else's.
+
+python benchmarks/bench_norm.py --output build/bench/norm.jsonl
+python benchmarks/bench_norm.py --device cuda --time-limit 240 --output build/bench/norm-cuda.jsonl
+python benchmarks/report.py build/bench/*.jsonl
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from harness import copy_bandwidth, start, time_in_turn, write
+from harness import environment, parser, start
+from norm_accuracy import row_accuracy
+from norm_contenders import COMPILED, Call, contenders
+from norm_operations import OPERATIONS, Case, check, make_inputs
+from results import COPY, OURS, Results
+from timing import CpuTimer, CudaTimer, timer_for
 
-from resnorm_ext.functional import add_layer_norm, layer_norm
-
-ROWS = (16, 512, 4096)
-COLUMNS = 768
-DTYPES = (torch.float32, torch.bfloat16)
-
-Contenders = dict[str, Callable[[], object]]
-
-
-def cases(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Contenders]]:
-    """(name, matrices of rows x columns that must be moved, contenders)."""
-    shape = (columns,)
-    x, r, grad = (torch.randn(rows, columns).to(dtype) for _ in range(3))
-    weight, bias = (torch.randn(columns).to(dtype) for _ in range(2))
-
-    def our_add(x, r, weight, bias):
-        return add_layer_norm(x, r, shape, weight, bias)
-
-    def their_add(x, r, weight, bias):
-        return F.layer_norm(x + r, shape, weight, bias)
-
-    def our_norm(x, weight, bias):
-        return layer_norm(x, shape, weight, bias)
-
-    def their_norm(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias)
-
-    for name, ours, theirs, inputs, forward_streams, backward_streams in (
-        ("layer_norm", our_norm, their_norm, (x, weight, bias), 2, 3),
-        ("add_layer_norm", our_add, their_add, (x, r, weight, bias), 3, 3),
-    ):
-        torch.testing.assert_close(ours(*inputs), theirs(*inputs), **_tolerance(dtype))
-        yield (
-            f"{name} forward",
-            forward_streams,
-            {"resnorm_ext": _without_grad(ours, inputs), "torch": _without_grad(theirs, inputs)},
-        )
-        ours_backward, theirs_backward = _backward(ours, inputs, grad), _backward(theirs, inputs, grad)
-        torch.testing.assert_close(ours_backward()[0], theirs_backward()[0], **_tolerance(dtype))
-        yield f"{name} backward", backward_streams, {"resnorm_ext": ours_backward, "torch": theirs_backward}
+K = 1024
+F32, BF16, F16 = "float32", "bfloat16", "float16"
+MIXED = "bfloat16 + float32"  # the dtypes of input and residual
 
 
-def _without_grad(function: Callable, inputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-    def call():
-        with torch.no_grad():
-            return function(*inputs)
+class Grid(NamedTuple):
+    """Every combination is a case."""
 
-    return call
-
-
-def _backward(function: Callable, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> Callable[[], tuple]:
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    output = function(*leaves)
-    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    operation: str
+    dtypes: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    affine: tuple[str, ...] = ("both",)
 
 
-def _tolerance(dtype: torch.dtype) -> dict[str, float]:
-    # torch rounds the sum to bfloat16 before normalising it, ours does not: a few units in the last place.
-    return {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+CPU_ROWS, CPU_COLUMNS = (1, 32, 512, 4 * K, 16 * K), (256, 768, K, 4 * K)
+FEWER_PARAMETERS = ("weight", "bias", "neither")
+CPU_GRIDS = [
+    Grid("layer_norm", (F32, BF16, F16), CPU_ROWS, CPU_COLUMNS),
+    Grid("add_layer_norm", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("add_layer_norm in place", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("dropout_add_layer_norm", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("layer_norm backward", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("add_layer_norm backward", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("layer_norm", (F32,), (512, 4 * K), (768,), FEWER_PARAMETERS),
+    Grid("layer_norm backward", (F32,), (512, 4 * K), (768,), FEWER_PARAMETERS),
+]
+CPU_QUICK_GRIDS = [Grid(operation, (F32, BF16), (1, 512, 4 * K), (768,)) for operation in OPERATIONS]
+CUDA_GRIDS = [
+    Grid("layer_norm", (BF16,), (32 * K,), (256, 512, 768, K, 2 * K, 4 * K, 8 * K, 16 * K, 32 * K, 64 * K, 128 * K)),
+    Grid("layer_norm", (F32,), (4 * K,), (K, 4 * K, 16 * K)),
+    Grid("layer_norm backward", (BF16,), (32 * K,), (K, 2 * K, 4 * K, 8 * K)),
+    Grid("layer_norm backward", (F32,), (4 * K,), (4 * K, 8 * K, 16 * K)),
+    Grid("add_layer_norm with sum", (BF16, F32, MIXED), (16 * K,), (768, K, 4 * K, 8 * K)),
+    Grid("add_layer_norm backward", (F32,), (2 * K,), (8 * K, 16 * K, 32 * K)),
+    Grid("layer_norm", (BF16,), (1, 16, 64), (4 * K,)),
+    Grid("dropout_add_layer_norm", (BF16,), (16 * K,), (768, K, 4 * K, 8 * K)),
+    Grid("layer_norm", (BF16,), (32 * K,), (760, 1000, 1128, 3840, 5120, 12288, 20480)),
+    Grid("layer_norm", (BF16,), (32 * K,), (761, 1001, 4095)),
+]
+CUDA_QUICK_GRIDS = [
+    Grid("layer_norm", (BF16,), (32 * K,), (K, 8 * K)),
+    Grid("layer_norm", (BF16,), (16,), (4 * K,)),
+    Grid("layer_norm backward", (BF16,), (32 * K,), (4 * K,)),
+    Grid("add_layer_norm with sum", (BF16,), (16 * K,), (4 * K,)),
+    Grid("dropout_add_layer_norm", (BF16,), (16 * K,), (4 * K,)),
+]
+GRIDS = {("cpu", False): CPU_GRIDS, ("cpu", True): CPU_QUICK_GRIDS}
+GRIDS |= {("cuda", False): CUDA_GRIDS, ("cuda", True): CUDA_QUICK_GRIDS}
+
+# Compiling takes seconds a case: on the CPU it is done where a goal asks for it, on CUDA after everything else.
+CPU_COMPILED = [("layer_norm", F32, "both"), ("add_layer_norm", F32, "both")]
+
+LARGE_COPY_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}
 
 
-def main() -> None:
-    options = start(__doc__)
-    records = []
-    print(f"{'case':28}{'dtype':10}{'rows':>6}{'torch µs':>11}{'ours µs':>10}{'ratio':>8}{'of copy':>9}")
-    for dtype in DTYPES:
-        for rows in ROWS:
-            for name, streams, contenders in cases(rows, COLUMNS, dtype):
-                least_bytes = streams * rows * COLUMNS * dtype.itemsize
-                seconds = time_in_turn(contenders, options.samples)
-                roof = copy_bandwidth(least_bytes, options.samples)
-                fraction = least_bytes / seconds["resnorm_ext"] / roof
-                records.append(
-                    {
-                        "case": {"name": name, "dtype": str(dtype), "rows": rows, "columns": COLUMNS},
-                        "seconds": seconds,
-                        "least_bytes": least_bytes,
-                        "copy_bytes_per_second": roof,
-                    }
-                )
-                theirs, ours = seconds["torch"], seconds["resnorm_ext"]
-                print(
-                    f"{name:28}{str(dtype)[6:]:10}{rows:6}{theirs * 1e6:11.1f}{ours * 1e6:10.1f}"
-                    f"{theirs / ours:7.2f}×{fraction:9.0%}"
-                )
-    write(options.output, "norm", records)
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--quick", action="store_true", help="a brief grid")
+    options.add_argument("--only", default="", help="the cases that this regular expression finds, as they are printed")
+    options.add_argument("--time-limit", type=float, default=float("inf"), help="no new case after so many seconds")
+    options = start(options.parse_args())
+    deadline = time.monotonic() + options.time_limit
+    torch.manual_seed(0)
+
+    timer = timer_for(options.device, options.samples)
+    where = environment(options, options.device)
+    where["large_copy_bytes_per_second"] = round(_large_copy(timer, options.device))
+    bench = Bench(options.device, timer, Results(options.output, "norm", where))
+    for case, contender, errors in row_accuracy(options.device):
+        bench.results.write(case, contender, **errors)
+
+    grid = [case for case in cases(options.device, options.quick) if re.search(options.only, str(case))]
+    passes = (False,) if options.device == "cpu" else (False, True)
+    rounds = [(case, compiled_alone) for compiled_alone in passes for case in grid]
+    with onnxruntime_worker(options) as bench.onnxruntime:
+        for done, (case, compiled_alone) in enumerate(rounds):
+            if time.monotonic() > deadline:
+                print(f"stopped at the time limit: {done} of {len(rounds)} cases")
+                break
+            bench.run(case, compiled_alone)
+    return bench.wrong > 0
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for grid in GRIDS[device, quick]:
+        for affine, dtypes, rows, columns in product(grid.affine, grid.dtypes, grid.rows, grid.columns):
+            dtype, _, residual = dtypes.partition(" + ")
+            yield Case(grid.operation, dtype, rows, columns, residual or None, affine)
+
+
+class Bench:
+    """Measures cases and writes each result as soon as it is there."""
+
+    def __init__(self, device: str, timer: CpuTimer | CudaTimer, results: Results):
+        self.device, self.timer, self.results = device, timer, results
+        self.onnxruntime: subprocess.Popen | None = None
+        self.wrong = 0  # cases in which ours failed
+
+    def run(self, case: Case, compiled_alone: bool) -> None:
+        with torch.set_grad_enabled(OPERATIONS[case.operation].training), self.timer.context():
+            calls, errors = self._checked(case, compiled_alone)
+            if not compiled_alone:
+                calls[COPY] = self.timer.copy(case.least_bytes())
+            try:
+                measured = self.timer.measure(calls, case.least_bytes())
+            except RuntimeError as error:  # out of memory
+                self._write(case, OURS, {"failed": _one_line(error)})
+                return
+        figures = {name: measurement.as_dict() for name, measurement in measured.items()}
+        if self.onnxruntime and (answer := self._ask_onnxruntime(case)):
+            figures["onnxruntime"] = answer
+        for name, values in figures.items():
+            self._write(case, name, {**values, **({"errors": errors[name]} if name in errors else {})})
+        seconds = [f"{name} {values['seconds'] * 1e6:.1f}" for name, values in figures.items() if "seconds" in values]
+        print(f"{case!s:60}", *seconds, "µs", flush=True)
+
+    def _checked(self, case: Case, compiled_alone: bool) -> tuple[dict[str, Call], dict[str, dict[str, float]]]:
+        """The contenders whose outputs are right, with their errors."""
+        inputs = make_inputs(case, self.device)
+        calls, errors = {}, {}
+        for name, bind in contenders(case, self.device, inputs.gradients).items():
+            if not self._takes_part(case, name, compiled_alone):
+                continue
+            try:
+                call = bind(*inputs.arguments(OPERATIONS[case.operation]))
+                errors[name] = check(case, inputs, call())
+                calls[name] = call
+            except Exception as error:  # whatever a peer does, the others are measured
+                self._write(case, name, {"failed": _one_line(error)})
+        return calls, errors
+
+    def _takes_part(self, case: Case, name: str, compiled_alone: bool) -> bool:
+        if self.device == "cuda":
+            return (name == COMPILED) == compiled_alone
+        return name != COMPILED or (case.operation, case.dtype, case.affine) in CPU_COMPILED
+
+    def _write(self, case: Case, contender: str, values: dict[str, object]) -> None:
+        if "failed" in values:
+            print(f"{case}: {contender} failed: {values['failed']}", file=sys.stderr)
+            self.wrong += contender == OURS
+        self.results.write(case.as_dict(), contender, **values, least_bytes=case.least_bytes())
+
+    def _ask_onnxruntime(self, case: Case) -> dict[str, object] | None:
+        self.onnxruntime.stdin.write(json.dumps(case.as_dict()) + "\n")
+        if line := self.onnxruntime.stdout.readline():
+            return json.loads(line)
+        self.onnxruntime = None
+        return {"failed": "its process ended"}
+
+
+@contextlib.contextmanager
+def onnxruntime_worker(options) -> Iterator[subprocess.Popen | None]:
+    if options.device != "cpu" or options.isa or not (find_spec("onnxruntime") and find_spec("onnx")):
+        yield None
+        return
+    command = [sys.executable, str(Path(__file__).with_name("onnxruntime_worker.py"))]
+    command += ["--threads", str(options.threads), "--samples", str(options.samples)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as worker:
+        yield worker
+        worker.stdin.close()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _large_copy(timer: CpuTimer | CudaTimer, device: str) -> float:
+    """Bytes per second of a copy far larger than any cache."""
+    count = LARGE_COPY_BYTES[device]
+    with timer.context():
+        return count / timer.measure({COPY: timer.copy(count)}, count)[COPY].seconds
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
