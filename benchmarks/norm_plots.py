@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One picture for a configuration: a panel for each operation and dtype, bandwidth over bytes moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+from results import COPY, OURS, Cell, Configuration
+
+# Okabe and Ito's colours: told apart by everybody.
+COLOURS = {
+    OURS: "#D55E00",
+    "torch": "#0072B2",
+    "torch.compile": "#56B4E9",
+    "onnxruntime": "#009E73",
+    "oneDNN": "#CC79A7",
+    "Liger": "#009E73",
+    "QuACK": "#CC79A7",
+    "flash-attn": "#E69F00",
+}
+
+
+def plot(configuration: Configuration, path: Path) -> None:
+    panels = _panels(configuration)
+    if not panels:
+        return
+    columns = min(3 if len(panels) <= 9 else 4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(4.4 * columns, 9), 3.1 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    lines = {}
+    for axis, (title, cells) in zip(axes.flat, panels.items(), strict=False):
+        lines |= _draw(axis, cells)
+        axis.set_title(title, fontsize=10)
+        # On the CPU the smallest and the largest case are three orders of magnitude apart.
+        axis.set_yscale("log" if configuration.environment["device"] == "cpu" else "linear")
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("GB/s")
+    figure.suptitle(configuration.title(), fontsize=11)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _panels(configuration: Configuration) -> dict[str, list[Cell]]:
+    """Cells by title. One with fewer parameters has no curve to belong to."""
+    panels: dict[str, list[Cell]] = {}
+    for cell in configuration.select(affine="both"):
+        if cell.measured(COPY):
+            case = cell.case
+            dtypes = f"{case['dtype']} + {case['residual']}" if case["residual"] else case["dtype"]
+            panels.setdefault(f"{case['operation']}, {dtypes}", []).append(cell)
+    return {title: sorted(cells, key=Cell.least_bytes) for title, cells in panels.items()}
+
+
+def _draw(axis: Axes, cells: list[Cell]) -> dict[str, object]:
+    """The curves of one panel, by the name for the legend."""
+    roof = _curve(cells, COPY)
+    axis.fill_between(*roof, color="0.92")
+    lines = {"the device's own copy of as many bytes": axis.plot(*roof, color="0.5", linestyle="--")[0]}
+    for name, colour in COLOURS.items():
+        if any(cell.measured(name) for cell in cells):
+            width, layer = (2.2, 4) if name == OURS else (1.2, 3)
+            curve = _curve(cells, name)
+            lines[name] = axis.plot(*curve, color=colour, marker="o", ms=3, linewidth=width, zorder=layer)[0]
+    axis.set(xscale="log", xlabel="MB that have to be moved")
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return lines
+
+
+def _curve(cells: list[Cell], contender: str) -> tuple[list[float], list[float]]:
+    measured = [cell for cell in cells if cell.measured(contender)]
+    return [cell.least_bytes() / 1e6 for cell in measured], [cell.bandwidth(contender) / 1e9 for cell in measured]
