@@ -2,8 +2,9 @@
 """Who takes part in bench_norm.py: each contender of an operation, on the same work.
 
 A contender is made by ``bind(*arguments)``, with the arguments of our own operator, and is then called with none: what
-it needs to have converted beforehand is not timed. Onnxruntime has threads of its own and so a process of its own
-(onnxruntime_worker.py).
+it needs to have converted beforehand is not timed. Backward, ours and PyTorch's are the operators that autograd calls:
+to enter its engine costs 15 µs on the CPU, once for a whole model. onnxruntime, having threads of its own, is in a
+process of its own (onnxruntime_worker.py).
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ COMPILED = "torch.compile"
 
 def contenders(case: Case, device: str, gradients: tuple[Tensor, ...]) -> dict[str, Bind]:
     """All that are installed and do this work on this device; ours comes first, before memory holds a right answer."""
-    name = case.operation.removesuffix(" backward")
-    if OPERATIONS[case.operation].backward and OPERATIONS[case.operation].adds:
-        name += " with sum"
+    operation = OPERATIONS[case.operation]
+    name = case.operation.removesuffix(" backward") + (" with sum" if operation.backward and operation.adds else "")
     ours, theirs = _FORMULAS[name]
-    found = {OURS: _direct(ours), "torch": _direct(theirs), COMPILED: _compiled(theirs, device)}
-    if device == "cuda":
-        peers = _CUDA_PEERS.get(name, {}) if case.affine == "both" else {}
-        found |= {peer: bind for (peer, package), bind in peers.items() if find_spec(package)}
-    elif case.operation == "layer_norm" and case.dtype == "float32" and case.affine == "both":
-        found["oneDNN"] = _onednn
-    if OPERATIONS[case.operation].backward:
-        found = {peer: _backward(bind, gradients) for peer, bind in found.items()}
-    return found
+    peers: dict[str, Bind] = {COMPILED: _compiled(theirs, device)}
+    if device == "cuda" and case.affine == "both":
+        peers |= {peer: bind for (peer, package), bind in _CUDA_PEERS.get(name, {}).items() if find_spec(package)}
+    if not operation.backward:
+        if device == "cpu" and case.operation == "layer_norm" and case.dtype == "float32" and case.affine == "both":
+            peers["oneDNN"] = _onednn
+        return {OURS: _direct(ours), "torch": _direct(theirs), **peers}
+    our_backward, their_backward = _BACKWARD_OPERATORS[case.operation]
+    return {
+        OURS: partial(our_backward, gradients),
+        "torch": partial(their_backward, gradients),
+        **{peer: partial(_backward, bind, gradients) for peer, bind in peers.items()},
+    }
 
 
 def _add_in_place(x, r, shape, weight, bias, eps):
@@ -96,14 +100,54 @@ def _compiled(function: Callable, device: str) -> Bind:
     return bind
 
 
-def _backward(bind: Bind, gradients: tuple[Tensor, ...]) -> Bind:
-    def bind_backward(*arguments) -> Call:
-        outputs = bind(*arguments)()
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
-        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+def _backward(bind: Bind, gradients: tuple[Tensor, ...], *arguments) -> Call:
+    """What autograd makes of a forward."""
+    arguments = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    outputs = bind(*arguments)()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
-    return bind_backward
+
+def _our_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
+    _, mean, rstd = torch.ops.resnorm._layer_norm_forward(x, shape, weight, bias, eps)
+    saved = (x, shape, weight, bias, mean, rstd, eps)
+    return partial(torch.ops.resnorm._layer_norm_backward, *gradients, *saved, _wanted(x, weight, bias))
+
+
+def _their_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
+    _, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+    saved = (x, shape, mean, rstd, weight, bias)
+    return partial(torch.ops.aten.native_layer_norm_backward, *gradients, *saved, _wanted(x, weight, bias))
+
+
+def _our_add_backward(gradients, x, r, shape, weight, bias, eps) -> Call:
+    parameters = (shape, weight, bias)
+    _, s, mean, rstd = torch.ops.resnorm._add_layer_norm_forward(x, r, *parameters, eps, None, 0.0, None, None)
+    saved = (s, *parameters, None, mean, rstd, eps, 0.0, None, s.dtype)
+    return partial(torch.ops.resnorm._add_layer_norm_backward, *gradients, *saved, _wanted(x, r, weight, bias, None))
+
+
+def _their_add_backward(gradients, x, r, shape, weight, bias, eps) -> Call:
+    dy, ds = gradients
+    norm_backward = _their_norm_backward((dy,), r + x, shape, weight, bias, eps)
+
+    def call():
+        dx, dweight, dbias = norm_backward()
+        dx = ds + dx
+        return dx, dx, dweight, dbias
+
+    return call
+
+
+def _wanted(*tensors: Tensor | None) -> list[bool]:
+    return [tensor is not None for tensor in tensors]
+
+
+_BACKWARD_OPERATORS = {
+    "layer_norm backward": (_our_norm_backward, _their_norm_backward),
+    "add_layer_norm backward": (_our_add_backward, _their_add_backward),
+}
 
 
 def _onednn(x, shape, weight, bias, eps) -> Call:

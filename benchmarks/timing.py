@@ -31,7 +31,9 @@ class Measurement:
     host_seconds: float | None = None  # until an eager call has returned, its kernels queued; CUDA
 
     def as_dict(self) -> dict[str, object]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """For a line of results, where digits that the next run changes would only take room."""
+        measured = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in measured.items()}
 
 
 class Sampler(NamedTuple):
@@ -69,9 +71,7 @@ class CpuTimer:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         _wall_clock(call, repeats)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        return Sampler(
-            lambda: _wall_clock(call, repeats), {"method": "wall clock", "page_faults": round(faults / repeats, 3)}
-        )
+        return Sampler(lambda: _wall_clock(call, repeats), {"method": "wall clock", "page_faults": faults / repeats})
 
 
 class CudaTimer:
