@@ -53,18 +53,12 @@ def main() -> None:
 
 
 def goal_rows(configuration: Configuration) -> Rows:
-    rows: Rows = [("goal", "asked", "measured", "reached")]
+    rows: Rows = [("goal", "asked", "measured", "cells", "reached")]
     for goal in goals_for(configuration):
+        target, measured = goal.target_for(configuration), goal.measured(configuration)
+        asked = f"{'≤' if goal.at_most else '≥'} {_figure(target, goal)}"
         verdict = {True: "yes", False: "no", None: "not measured"}[goal.reached(configuration)]
-        sign = "≤" if goal.at_most else "≥"
-        rows.append(
-            (
-                goal.what,
-                f"{sign} {_figure(goal.target_for(configuration), goal)}",
-                _figure(goal.read(configuration), goal),
-                verdict,
-            )
-        )
+        rows.append((goal.what, asked, _figure(measured, goal), str(len(goal.read(configuration))), verdict))
     return rows
 
 

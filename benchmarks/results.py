@@ -91,6 +91,8 @@ class Configuration:
         if e.get("device") == "cpu":
             parts += [f"{e['threads']} thread" + "s" * (e["threads"] != 1), f"{e['isa']} (ATen {e['aten']})"]
             parts += ["allocator keeping its pages" if e["allocator"] == "kept" else "default allocator"]
+        else:
+            parts += [f"driver {e.get('driver')}", f"CUDA {e.get('cuda')}"]
         return ", ".join([*parts, f"PyTorch {e.get('torch')}", f"commit {e.get('commit')}"])
 
 

@@ -51,7 +51,7 @@ def test_goals_of_a_card(tmp_path: Path):
         "LN forward bf16, 32768×8K…128K": False,  # the worse of the two
         "add + LN forward with the sum, 16384 rows": True,
         "LN backward bf16, 32768×1K…8K": True,
-        "LN backward, worst cell against torch": False,
+        "LN backward, worst cell, against torch": False,
         "awkward sizes over their neighbours' curve": False,  # 1000 lies 7.7% below 768 and 1024
         "dropout, time over that without, from 4K up": True,
     }
