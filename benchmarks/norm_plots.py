@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from results import COPY, OURS, Cell, Configuration
 
 # Okabe and Ito's colours: told apart by everybody.
@@ -36,8 +36,10 @@ def plot(configuration: Configuration, path: Path) -> None:
         lines |= _draw(axis, cells)
         axis.set_title(title, fontsize=10)
         # On the CPU the smallest and the largest case are three orders of magnitude apart.
-        axis.set_yscale("log" if configuration.environment["device"] == "cpu" else "linear")
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        if configuration.environment["device"] == "cpu":
+            _logarithmic(axis, "y")
+        else:
+            axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
@@ -68,11 +70,21 @@ def _draw(axis: Axes, cells: list[Cell]) -> dict[str, object]:
             width, layer = (2.2, 4) if name == OURS else (1.2, 3)
             curve = _curve(cells, name)
             lines[name] = axis.plot(*curve, color=colour, marker="o", ms=3, linewidth=width, zorder=layer)[0]
-    axis.set(xscale="log", xlabel="MB that have to be moved")
-    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_xlabel("MB that have to be moved")
+    _logarithmic(axis, "x")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return lines
+
+
+def _logarithmic(axis: Axes, direction: str) -> None:
+    """With plain numbers: only powers of ten where there is no room for more."""
+    axis.set(**{f"{direction}scale": "log"})
+    low, high = axis.get_xlim() if direction == "x" else axis.get_ylim()
+    ticks = axis.xaxis if direction == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+    ticks.set_major_formatter(FormatStrFormatter("%g"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _curve(cells: list[Cell], contender: str) -> tuple[list[float], list[float]]:

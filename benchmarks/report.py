@@ -22,12 +22,12 @@ from rich.table import Table
 Rows = list[tuple[str, ...]]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
     parser.add_argument("--output", type=Path, help="write report.md and the plots into this folder")
     parser.add_argument("--cases", action="store_true", help="show every case in the terminal too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     configurations = [c for c in load(options.results) if c.environment["suite"] == "norm"]
     # A terminal's width, or none where the output goes to a file.
     console = Console() if sys.stdout.isatty() else Console(width=160)
