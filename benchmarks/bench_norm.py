@@ -8,6 +8,7 @@ python benchmarks/report.py build/bench/*.jsonl
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
@@ -182,7 +183,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def onnxruntime_worker(options) -> Iterator[subprocess.Popen | None]:
+def onnxruntime_worker(options: argparse.Namespace) -> Iterator[subprocess.Popen | None]:
     if options.device != "cpu" or options.isa or not (find_spec("onnxruntime") and find_spec("onnx")):
         yield None
         return

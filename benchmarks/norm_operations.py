@@ -185,6 +185,7 @@ def _expected_outputs(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
     return {"y": y, "s": s}
 
 
+@torch.enable_grad()
 def _expected_gradients(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
     tensors = {"dx": inputs.x[rows], "dweight": inputs.weight, "dbias": inputs.bias}
     if inputs.r is not None:
@@ -195,9 +196,8 @@ def _expected_gradients(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
         outputs = (reference.layer_norm(leaves["dx"], shape, weight, bias, EPS),)
     else:
         outputs = reference.add_layer_norm(leaves["dx"], leaves["dr"], shape, weight, bias, EPS)
-    with torch.enable_grad():
-        gradients = [_double(gradient[rows]) for gradient in inputs.gradients]
-        return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), gradients), strict=True))
+    gradients = [_double(gradient[rows]) for gradient in inputs.gradients]
+    return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), gradients), strict=True))
 
 
 def _expected_after_dropout(inputs: Inputs, rows: slice, actual: dict[str, Tensor]) -> dict[str, Tensor]:
