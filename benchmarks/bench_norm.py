@@ -99,7 +99,7 @@ def main() -> int:
     where = environment(options, options.device)
     if options.device == "cuda":
         where["large_copy_bytes_per_second"] = round(_large_copy(timer))
-    bench = Bench(options.device, timer, Results(options.output, "norm", where))
+    bench = Bench(options, timer, Results(options.output, "norm", where))
     for case, contender, errors in row_accuracy(options.device):
         bench.results.write(case, contender, **errors)
 
@@ -125,8 +125,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
 class Bench:
     """Measures cases and writes each result as soon as it is there."""
 
-    def __init__(self, device: str, timer: CpuTimer | CudaTimer, results: Results):
-        self.device, self.timer, self.results = device, timer, results
+    def __init__(self, options: argparse.Namespace, timer: CpuTimer | CudaTimer, results: Results):
+        self.device, self.timer, self.results = options.device, timer, results
+        self.compiled = [] if options.isa else CPU_COMPILED
         self.onnxruntime: subprocess.Popen | None = None
         self.wrong = 0  # cases in which ours failed
 
@@ -166,7 +167,7 @@ class Bench:
     def _takes_part(self, case: Case, name: str, compiled_alone: bool) -> bool:
         if self.device == "cuda":
             return (name == COMPILED) == compiled_alone
-        return name != COMPILED or (case.operation, case.dtype, case.affine) in CPU_COMPILED
+        return name != COMPILED or (case.operation, case.dtype, case.affine) in self.compiled
 
     def _write(self, case: Case, contender: str, values: dict[str, object]) -> None:
         if "failed" in values:

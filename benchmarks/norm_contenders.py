@@ -90,11 +90,11 @@ def _compiled(function: Callable, device: str) -> Bind:
     def bind(*arguments) -> Call:
         torch.compiler.reset()  # each case is compiled for its own shape, never the fallback after too many
         torch._functorch.config.donated_buffer = False  # backward runs many times over one forward
-        if device == "cuda":
-            mode = "max-autotune-no-cudagraphs"  # the timer captures graphs itself
-        else:
-            mode = "default"
+        mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"  # the timer captures graphs itself
+        if device == "cpu":
             torch._inductor.config.compile_threads = 1  # a pool of compilers would run beside what is timed
+            # Its key lacks the instruction set: AVX2 loops of an earlier run, compiled for AVX-512, corrupt the heap.
+            torch._inductor.config.force_disable_caches = True
         return partial(torch.compile(function, mode=mode, dynamic=False), *arguments)
 
     return bind
