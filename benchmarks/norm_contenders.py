@@ -93,8 +93,8 @@ def _compiled(function: Callable, device: str) -> Bind:
         mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"  # the timer captures graphs itself
         if device == "cpu":
             torch._inductor.config.compile_threads = 1  # a pool of compilers would run beside what is timed
-            # Its key lacks the instruction set: AVX2 loops of an earlier run, compiled for AVX-512, corrupt the heap.
-            torch._inductor.config.force_disable_caches = True
+            # Their keys lack the instruction set: an earlier run's AVX2 loops, compiled for AVX-512, corrupt the heap.
+            torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
         return partial(torch.compile(function, mode=mode, dynamic=False), *arguments)
 
     return bind
