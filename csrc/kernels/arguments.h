@@ -115,4 +115,21 @@ struct ResidualAddBackward {
   void* workspace = nullptr;
 };
 
+// output = softmax(query key^T * scale) value within each sequence and head, sequence i being the tokens cu_seqlens[i]
+// up to cu_seqlens[i + 1]. A token's head is `head_dim` contiguous elements; the distances between tokens and between
+// heads are free, and the same for query, key and value. `output` is contiguous. With `causal` a token sees itself and
+// what precedes it. No float64; scale >= 0.
+struct PackedAttention {
+  std::int64_t sequences, heads, head_dim;
+  const std::int32_t* cu_seqlens;
+  const void* query;
+  const void* key;
+  const void* value;
+  std::int64_t token_stride, head_stride;  // in elements
+  DType dtype;
+  double scale;
+  bool causal;
+  void* output;
+};
+
 }  // namespace resnorm

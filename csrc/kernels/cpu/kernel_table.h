@@ -6,6 +6,7 @@
 #include "add_layer_norm.h"
 #include "kernels.h"
 #include "layer_norm.h"
+#include "packed_attention.h"
 #include "residual_add.h"
 
 #define RESNORM_STRING_OF(name) #name
@@ -22,6 +23,7 @@ const KernelTable kernel_table = {
     .add_layer_norm_backward = add_layer_norm_backward,
     .residual_add_forward = residual_add_forward,
     .residual_add_backward = residual_add_backward,
+    .packed_attention = packed_attention,
 };
 
 }  // namespace resnorm::cpu::RESNORM_ISA

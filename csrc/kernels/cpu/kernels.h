@@ -23,6 +23,7 @@ struct KernelTable {
   void (*add_layer_norm_backward)(const AddLayerNormBackward&, ParallelFor);
   void (*residual_add_forward)(const ResidualAddForward&, ParallelFor);
   void (*residual_add_backward)(const ResidualAddBackward&, ParallelFor);
+  void (*packed_attention)(const PackedAttention&, ParallelFor);
 };
 
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks

@@ -89,10 +89,20 @@ struct Vec<float> {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
+  RESNORM_INLINE float largest() const {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
 
   // Zero in the lanes that `lanes` leaves out.
   RESNORM_INLINE Vec only(AllLanes) const { return *this; }
   RESNORM_INLINE Vec only(FirstLanes lanes) const { return {_mm256_and_ps(v, _mm256_castsi256_ps(mask32(lanes)))}; }
+
+  // `other` in the lanes that `lanes` leaves out.
+  RESNORM_INLINE Vec first_or(FirstLanes lanes, Vec other) const {
+    return {_mm256_blendv_ps(other.v, v, _mm256_castsi256_ps(mask32(lanes)))};
+  }
 
   // Zero where the 16-bit draw is below the threshold.
   RESNORM_INLINE Vec keep(const std::uint16_t* draws, std::uint32_t threshold) const {
@@ -105,6 +115,8 @@ struct Vec<float> {
   friend RESNORM_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  // b where either is NaN.
+  friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 };
 
 template <>

@@ -90,10 +90,16 @@ struct Vec<float> {
 
   RESNORM_INLINE float first() const { return _mm512_cvtss_f32(v); }
   RESNORM_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  RESNORM_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
 
   // Zero in the lanes that `lanes` leaves out.
   RESNORM_INLINE Vec only(AllLanes) const { return *this; }
   RESNORM_INLINE Vec only(FirstLanes lanes) const { return {_mm512_maskz_mov_ps(mask(lanes), v)}; }
+
+  // `other` in the lanes that `lanes` leaves out.
+  RESNORM_INLINE Vec first_or(FirstLanes lanes, Vec other) const {
+    return {_mm512_mask_mov_ps(other.v, mask(lanes), v)};
+  }
 
   // Zero where the 16-bit draw is below the threshold.
   RESNORM_INLINE Vec keep(const std::uint16_t* draws, std::uint32_t threshold) const {
@@ -106,6 +112,8 @@ struct Vec<float> {
   friend RESNORM_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  // b where either is NaN.
+  friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 };
 
 template <>

@@ -51,6 +51,11 @@ struct Vec {
       return (v[0] + v[2]) + (v[1] + v[3]);
     }
   }
+  RESNORM_INLINE Acc largest() const {
+    Acc result = v[0];
+    for (int lane = 1; lane < kSize; ++lane) result = v[lane] > result ? v[lane] : result;
+    return result;
+  }
 
   // Zero in the lanes that `lanes` leaves out.
   RESNORM_INLINE Vec only(AllLanes) const { return *this; }
@@ -58,6 +63,12 @@ struct Vec {
     Vec result = *this;
     for (int lane = lanes.count; lane < kSize; ++lane) result.v[lane] = 0;
     return result;
+  }
+
+  // `other` in the lanes that `lanes` leaves out.
+  RESNORM_INLINE Vec first_or(FirstLanes lanes, Vec other) const {
+    for (int lane = 0; lane < lanes.count; ++lane) other.v[lane] = v[lane];
+    return other;
   }
 
   // Zero where the 16-bit draw is below the threshold.
@@ -71,6 +82,8 @@ struct Vec {
   friend RESNORM_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  // b where either is NaN.
+  friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 };
 
 // Words of 32 bits, each in a lane of 64; the upper halves may hold anything.

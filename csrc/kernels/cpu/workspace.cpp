@@ -2,6 +2,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "kernels.h"
 
@@ -30,6 +31,21 @@ std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64
 std::size_t backward_workspace_bytes(std::int64_t rows, std::int64_t cols, int column_sums, DType dtype) {
   const std::size_t element = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   return static_cast<std::size_t>(row_block_count(rows, cols)) * column_sums * static_cast<std::size_t>(cols) * element;
+}
+
+void* thread_workspace(std::size_t bytes) {
+  struct alignas(64) Line {
+    unsigned char bytes[64];
+  };
+  static thread_local std::unique_ptr<Line[]> memory;
+  static thread_local std::size_t lines = 0;
+  const std::size_t wanted = (bytes + sizeof(Line) - 1) / sizeof(Line);
+  if (wanted > lines) {
+    memory.reset();
+    memory.reset(new Line[wanted]);
+    lines = wanted;
+  }
+  return memory.get();
 }
 
 }  // namespace resnorm::cpu

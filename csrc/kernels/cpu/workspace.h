@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // How a backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends
-// on the sizes only, so that the sums repeat bitwise on any number of threads.
+// on the sizes only, so that the sums repeat bitwise on any number of threads. And the memory that a thread keeps.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace resnorm::cpu {
@@ -18,5 +19,9 @@ std::int64_t row_block_count(std::int64_t rows, std::int64_t cols);
 
 // First row of a block; of the block behind the last: the number of rows.
 std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64_t rows);
+
+// At least so many bytes, at a multiple of 64, for this thread until it asks again: kept, because fresh memory costs
+// page faults, and freed when the thread ends.
+void* thread_workspace(std::size_t bytes);
 
 }  // namespace resnorm::cpu

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Two to the power of a vector that is nowhere above 0, as a softmax needs it.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+// 2^x within 1.1e-7 of it, relatively, for |x| <= 1/2, and exactly 1 at 0.
+RESNORM_INLINE Vec<float> exp2_polynomial(Vec<float> x) {
+  using V = Vec<float>;
+  V sum = fma(V::broadcast(0x1.5bba14p-10F), x, V::broadcast(0x1.3cea88p-7F));
+  sum = fma(sum, x, V::broadcast(0x1.c6b752p-5F));
+  sum = fma(sum, x, V::broadcast(0x1.ebf9bcp-3F));
+  sum = fma(sum, x, V::broadcast(0x1.62e42ap-1F));
+  return fma(sum, x, V::broadcast(1));
+}
+
+// 2^x for x <= 0, within 2.1 units in the last place while the result is at least 2^-126. Below that it may be 0, at
+// -Inf it is, and NaN stays NaN.
+RESNORM_INLINE Vec<float> exp2(Vec<float> x) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  const V fraction = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  return {_mm512_scalef_ps(exp2_polynomial(fraction).v, (x - fraction).v)};
+#else
+  // In a sum with this number the unit in the last place is 1: the sum is rounded to a whole number, and its low bits
+  // are the exponent field of 2 to the power of that number.
+  const V rounding = V::broadcast(0x1.8p23F + 127);
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof(V))));
+  x = max(V::broadcast(-127), x);
+  const V rounded = x + rounding;
+  const V power = {__builtin_bit_cast(decltype(V::v), __builtin_bit_cast(Bits, rounded.v) << 23)};
+  return exp2_polynomial(x - (rounded - rounding)) * power;
+#endif
+}
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One thread's memory for attention.
+#pragma once
+
+#include <cstdint>
+
+#include "packed_attention_panels.h"
+#include "packed_attention_product.h"
+#include "packed_attention_schedule.h"
+#include "packed_attention_softmax.h"
+#include "workspace.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+// Bounded by the size of a head, however long the sequences are.
+class AttentionBuffers {
+ public:
+  AttentionBuffers(std::int64_t head_dim, std::int64_t longest)
+      : width(vectors_of(head_dim) * Vec<float>::kSize), block_keys(block_keys_for(width)) {
+    const std::int64_t keys = smaller(block_keys, (longest + kKeyStep - 1) / kKeyStep * kKeyStep);
+    const std::int64_t sizes[] = {
+        keys * width,                     // key_panels
+        keys * width,                     // value_panels
+        chunks_of(width) * kChunkStride,  // queries
+        kChunkStride,                     // scores
+        chunks_of(width) * kChunkStride,  // products
+        longest > block_keys ? piece_groups() * kGroupRows * width : 0,
+    };
+    std::int64_t floats = 0;
+    for (const std::int64_t size : sizes) floats += size;
+    float* memory = static_cast<float*>(
+        thread_workspace(floats * sizeof(float) + static_cast<std::size_t>(piece_groups()) * sizeof(SoftmaxState)));
+    float** const buffers[] = {&key_panels, &value_panels, &queries, &scores, &products, &outputs};
+    for (int i = 0; i < 6; ++i) {
+      *buffers[i] = memory;
+      memory += sizes[i];
+    }
+    states = reinterpret_cast<SoftmaxState*>(memory);
+  }
+
+  // Groups of rows that one pass over the keys serves: all of a sequence whose keys are one block.
+  std::int64_t piece_groups() const { return (block_keys + kGroupRows - 1) / kGroupRows; }
+
+  std::int64_t width;  // head_dim in whole vectors
+  std::int64_t block_keys;
+  float *key_panels, *value_panels;
+  float *queries, *scores, *products;  // of a group of rows
+  float* outputs;                      // of a piece's groups, where there are several blocks of keys
+  SoftmaxState* states;
+
+ private:
+  // A block's keys and values stay in the second cache.
+  static constexpr std::int64_t kBlockFloats = 64 * 1024, kKeyStep = 32;
+
+  static std::int64_t block_keys_for(std::int64_t width) {
+    const std::int64_t keys = kBlockFloats / width / kKeyStep * kKeyStep;
+    return keys < kKeyStep ? kKeyStep : smaller(keys, kChunkWords);
+  }
+};
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA

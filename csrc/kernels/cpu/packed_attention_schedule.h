@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How the work of attention is cut. A group of rows is computed alike wherever it runs and whatever runs beside it, so
+// results do not depend on the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "packed_attention_product.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// A sequence's rows in groups of nearly equal height: none is left with one row, at which a product is slow.
+class RowGroups {
+ public:
+  RowGroups(std::int64_t rows, bool causal)
+      : rows_(rows), count_((rows + kGroupRows - 1) / kGroupRows), causal_(causal) {}
+
+  std::int64_t count() const { return count_; }
+  std::int64_t begin(std::int64_t group) const { return rows_ * group / count_; }
+
+  // What the groups before this one cost: their keys, in groups too (twice as many, to stay whole), and what each group
+  // costs whatever its keys.
+  std::int64_t cost_before(std::int64_t group) const { return group * ((causal_ ? group : 2 * count_) + kGroupCost); }
+  std::int64_t cost() const { return cost_before(count_); }
+
+  // The first group that begins at this cost or beyond, of those where the sequence may be cut between threads: both
+  // sides of a cut pack the keys.
+  std::int64_t first_at(std::int64_t cost) const {
+    if (cost > cost_before(count_ - 1)) return count_;
+    std::int64_t group = 0;
+    while (group < count_ && cost_before(group) < cost) group += kGroupsPerCut;
+    return smaller(group, count_);
+  }
+
+ private:
+  static constexpr std::int64_t kGroupsPerCut = 4, kGroupCost = 4;
+
+  std::int64_t rows_, count_;
+  bool causal_;
+};
+
+inline std::int64_t total_cost(const PackedAttention& a) {
+  std::int64_t cost = 0;
+  for (std::int64_t i = 0; i < a.sequences; ++i) {
+    cost += RowGroups(a.cu_seqlens[i + 1] - a.cu_seqlens[i], a.causal).cost();
+  }
+  return cost * a.heads;
+}
+
+// body(sequence, head, groups, first, last) for the groups that begin at a cost from `begin` up to `end`.
+template <class Body>
+inline void for_each_head_within(const PackedAttention& a, std::int64_t begin, std::int64_t end, const Body& body) {
+  std::int64_t before = 0;
+  for (std::int64_t sequence = 0; sequence < a.sequences && before < end; ++sequence) {
+    const RowGroups groups(a.cu_seqlens[sequence + 1] - a.cu_seqlens[sequence], a.causal);
+    const std::int64_t cost = groups.cost();
+    if (cost == 0) continue;
+    std::int64_t head = begin <= before ? 0 : smaller((begin - before) / cost, a.heads);
+    for (; head < a.heads && before + head * cost < end; ++head) {
+      const std::int64_t first = groups.first_at(begin - before - head * cost);
+      const std::int64_t last = groups.first_at(end - before - head * cost);
+      if (first < last) body(sequence, head, groups, first, last);
+    }
+    before += a.heads * cost;
+  }
+}
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA
