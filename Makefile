@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | format | cpp-test | mutate | wheel | clean. PYTHON names what .venv is made from.
+# make demo | test | bench | lint | format | cpp-test | mutate | gpu-check | wheel | clean. PYTHON names the interpreter
+# that .venv is made from, and that gpu-check uses as it is. OUT is where bench and gpu-check write.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
 CMAKE_FLAGS ?=
+OUT = build/$@
 
 CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-# What `make bench` installs beside .venv, and where it writes. Results are appended: figures are medians over the runs.
+# What `make bench` installs beside .venv. Results are appended: figures are medians over the runs.
 PEERS := .venv-bench
-OUT ?= build/bench
 BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
 
-.PHONY: demo test bench lint format cpp-test mutate wheel clean
+.PHONY: demo test bench lint format cpp-test mutate gpu-check wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -47,6 +48,9 @@ cpp-test:
 # Whether the tests of the CUDA kernels notice faults: an hour or so. WORDS="row sum" tries those of such a name alone.
 mutate:
 	$(PYTHON) tests/cpp/mutation/mutate.py $(WORDS)
+
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(OUT)
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --no-isolation

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators.cases import ADD_LAYER_NORM, FULL_CASES, LAYER_NORM, RESIDUAL_ADD
+from operators.cases import ADD_LAYER_NORM, FULL_CASES
 from operators.exactness import check_gradients, check_results, incoming_gradients
 from operators.layouts import lay_out
 
@@ -14,16 +14,20 @@ from .device import ONE_OF_EACH, results_and_gradients, seed_at, to_cpu, to_devi
 pytestmark = pytest.mark.cuda
 
 F32, BF16 = torch.float32, torch.bfloat16
-CASES = [*FULL_CASES, LAYER_NORM[0], RESIDUAL_ADD[0], ADD_LAYER_NORM[4]]
-TYPES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "bfloat16 in a float32 stream": (BF16, F32)}
+CASES = [*FULL_CASES, ADD_LAYER_NORM[4]]  # the last with neither dropout nor input bias
+TYPES = {  # the input's, and the stream's and parameters'
+    "float32": (F32, F32, "contiguous"),
+    "bfloat16": (BF16, BF16, "contiguous"),
+    "bfloat16 in a float32 stream": (BF16, F32, "contiguous"),
+    "bfloat16, offset": (BF16, BF16, "offset"),
+}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "offset"])
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("cols", [*ONE_OF_EACH, 768, 16384])
+@pytest.mark.parametrize("cols", [*ONE_OF_EACH, 768])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_backward(case, cols, dtype, layout):
-    input_dtype, stream_dtype = TYPES[dtype]
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES.keys())
+def test_forward_and_backward(types, case, cols):
+    input_dtype, stream_dtype, layout = types
     inputs = case.make_inputs((3, cols), input_dtype, residual=stream_dtype, parameters=stream_dtype)
     grads = incoming_gradients(case, inputs)
     there = {name: lay_out(to_device(tensor), layout) for name, tensor in inputs.items()}

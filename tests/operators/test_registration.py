@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnorm_ext import _extension
 from resnorm_ext._extension import ensure_loaded
 
 from .cases import CASES, DTYPES, FULL_CASES, SEED, require_grad
@@ -104,6 +107,16 @@ def test_every_operator_has_its_samples_here():
     }
     norms = {name for name in registered if "layer_norm" in name or "residual_add" in name}
     assert norms == {name.strip() for name in [*samples(False), *inner_samples()]}
+
+
+@pytest.mark.smoke
+def test_cuda_kernels_are_registered_exactly_where_they_were_built():
+    library = Path(_extension.load_extension().__file__)
+    built = _extension.read_info(library)["cuda"] is not None
+    assert built == (_extension.extension.build_info()["cuda"] is not None)
+    for norm in ("layer_norm", "add_layer_norm"):
+        for name in (norm, f"{norm}_out", f"_{norm}_forward", f"_{norm}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnorm::{name}", "CUDA") == built
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
