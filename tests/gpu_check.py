@@ -106,7 +106,7 @@ def stages(out: Path, machine: dict[str, object]) -> list[Stage]:
             for tool in SANITIZERS
         ),
         Stage("benchmark", benchmark, 110, built),
-        Stage("report", [python, "benchmarks/report.py", results], 15, built),
+        Stage("report", [python, "benchmarks/report.py", results, "--output", str(out)], 15, built),
     ]
 
 
