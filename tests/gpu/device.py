@@ -15,8 +15,8 @@ AWAY = torch.device("cpu")  # where a tensor is a mistake
 
 # Lengths of rows that part of a warp holds, a warp, a block, clusters of 2, 4 and 8 blocks, and none; float32 rows, for
 # half-precision ones take half the threads. In each kind one that is no multiple of a vector.
-COLUMNS_OF_PART_OF_A_WARP = (7, 32)
-COLUMNS_OF_A_WARP = (133, 256, 384, 512)
+COLUMNS_OF_PART_OF_A_WARP = (7, 32, 61, 128, 133, 256)
+COLUMNS_OF_A_WARP = (384, 512)
 COLUMNS_OF_A_BLOCK = (768, 1001, 1024, 4096, 8192)
 COLUMNS_OF_A_CLUSTER = (12288, 20001, 32768, 65536)
 COLUMNS_OF_NO_PLAN = (140000, 300001)
@@ -27,7 +27,7 @@ COLUMNS = (
     *COLUMNS_OF_A_CLUSTER,
     *COLUMNS_OF_NO_PLAN,
 )
-ONE_OF_EACH = (7, 133, 384, 1001, 4096, 12288, 20001, 65536, 140000)
+ONE_OF_EACH = (7, 61, 128, 133, 384, 1001, 4096, 12288, 20001, 65536, 140000)
 
 
 def to_device(tree):

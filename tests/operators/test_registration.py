@@ -114,9 +114,11 @@ def test_cuda_kernels_are_registered_exactly_where_they_were_built():
     library = Path(_extension.load_extension().__file__)
     built = _extension.read_info(library)["cuda"] is not None
     assert built == (_extension.extension.build_info()["cuda"] is not None)
-    for norm in ("layer_norm", "add_layer_norm"):
-        for name in (norm, f"{norm}_out", f"_{norm}_forward", f"_{norm}_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnorm::{name}", "CUDA") == built
+    norms = [
+        (norm, f"{norm}_out", f"_{norm}_forward", f"_{norm}_backward") for norm in ("layer_norm", "add_layer_norm")
+    ]
+    for name in (*norms[0], *norms[1], "residual_add", "residual_add_out", "_residual_add_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnorm::{name}", "CUDA") == built
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

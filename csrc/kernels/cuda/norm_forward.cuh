@@ -119,7 +119,8 @@ norm_forward(const NormForwardArguments a) {
     moments[1] += sum_of<kVector>(squares);
   }
   group.sum(moments, slot + RowGroup<kLanes, kCluster>::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1));
-  const float delta = moments[0] * a.reciprocal_cols;
+  // Divided, which is exact where all deviations are alike: a constant row gives the bias.
+  const float delta = moments[0] / static_cast<float>(a.cols);
   const float variance = moments[1] * a.reciprocal_cols - delta * delta;
   const float rstd = reciprocal_sqrt((variance < 0.0F ? 0.0F : variance) + a.eps);  // a NaN stays one
   if (live && group.thread == 0 && rank == 0 && a.mean != nullptr) {
