@@ -2,8 +2,9 @@
 """The operators as functions: LayerNorm and residual-add in one pass over memory, and the products around them.
 
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
-the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are differentiable, also twice
-and under ``torch.func``. Statistics and accumulation are float32; float64 where the input or the sum is float64.
+the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are
+differentiable, also twice and under ``torch.func``. Statistics and accumulation are float32; float64 where the input or
+the sum is float64.
 """
 
 from __future__ import annotations
