@@ -71,7 +71,7 @@ def case_rows(configuration: Configuration) -> Rows:
         if peer not in (OURS, COPY) and any(cell.measured(peer) for cell in cells)
     ]
     eager_calls = configuration.environment["device"] == "cuda"
-    last = ("eager call µs", "PyTorch's") if eager_calls else ("page faults", "PyTorch's")
+    last = ("eager call µs", "torch's") if eager_calls else ("page faults", "torch's")
     rows: Rows = [("case", "MB", "µs", "GB/s", "of copy", *peers, *last)]
     for cell in cells:
         rows.append(
