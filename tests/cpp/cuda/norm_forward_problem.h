@@ -95,7 +95,7 @@ struct NormForwardProblem {
         want.scale(row, col) += size(row, col) * want.rstd[row] * std::fabs(weight_at(weight, col));
       }
       if (!mean.present() || !std::isfinite(want.mean[row])) continue;
-      EXPECT_NEAR(mean(0, row), want.mean[row], 1e-6 * (1 / want.rstd[row] + std::fabs(want.mean[row])));
+      EXPECT_NEAR(mean(0, row), want.mean[row], 1e-6 * (1 + 1 / want.rstd[row] + std::fabs(want.mean[row])));
       EXPECT_NEAR(rstd(0, row), want.rstd[row], 1e-5 * want.rstd[row]);
     }
     expect_close(output, want.output, want.scale, accumulation, 24, "output");

@@ -128,6 +128,22 @@ TEST_P(NormForwardTest, RowsFarFromZero) {
   }
 }
 
+TEST_P(NormForwardTest, ConstantRowsGiveTheBias) {
+  for (const std::int64_t cols : {49, 64, 775, 2048, 8200}) {
+    for (const double value : {0.1, 1e6 / 3}) {
+      SCOPED_TRACE(::testing::Message() << cols << " columns of " << value);
+      Problem problem(generator, {2, cols}, kTypes[0], {}, {});
+      for (std::int64_t row = 0; row < 2; ++row) {
+        for (std::int64_t col = 0; col < cols; ++col) problem.input.set(row, col, value);
+      }
+      ASSERT_EQ(problem.run(), cudaSuccess);
+      for (std::int64_t row = 0; row < 2; ++row) {
+        for (std::int64_t col = 0; col < cols; ++col) ASSERT_EQ(problem.output(row, col), problem.bias(0, col));
+      }
+    }
+  }
+}
+
 // Squares beyond the range of float16, whose largest number is 65504.
 TEST_P(NormForwardTest, LargeFloat16) {
   for (const auto& [mean, deviation] : {std::pair{6e4, 1e3}, std::pair{-6e4, 1e3}, std::pair{0.0, 1.4e4}}) {
