@@ -46,7 +46,7 @@ SYMPTOMS = {
     r"(?:Address|Thread)Sanitizer: (data race|[A-Za-z-]+)": r"\1",
     r"runtime error: (.{0,40})": r"\1",
     r"SIMT: (.{0,40})": r"\1",
-    r"Expected|expected": "wrong values",
+    r": Failure\n": "wrong values",
 }
 
 

@@ -190,7 +190,14 @@ NORM_FORWARD = [
             ),
         },
     ),
-    Mutation("mean not corrected (forward)", FORWARD, {"delta = moments[0] * a.reciprocal_cols": "delta = 0.0F"}),
+    Mutation(
+        "mean not corrected (forward)", FORWARD, {"delta = moments[0] / static_cast<float>(a.cols)": "delta = 0.0F"}
+    ),
+    Mutation(
+        "constant rows not exact (forward)",
+        FORWARD,
+        {"moments[0] / static_cast<float>(a.cols)": "moments[0] * a.reciprocal_cols"},
+    ),
     Mutation(
         "residual read twice (forward)",
         FORWARD,
