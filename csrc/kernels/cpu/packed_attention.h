@@ -91,7 +91,7 @@ class HeadAttention {
   // In float32 the rounding of scores is what is farthest from exact, the farther the fewer there are to average.
   std::int64_t score_piece() const {
     if constexpr (!kSame<T, float>) return kPiece;
-    return tokens_ < 32 ? 16 : 32;
+    return tokens_ < 32 ? 8 : 32;
   }
 
   // Adds a block's product to a row's sums; after the last block they become the output.
