@@ -39,9 +39,9 @@ class HeadAttention {
     output_ = static_cast<T*>(a.output) + first * output_stride_ + head * a.head_dim;
   }
 
-  // The rows of groups `first` up to `last`, at most a piece.
+  // The rows of groups `first` up to `last`, at most what one pass serves.
   void attend(std::int64_t first, std::int64_t last) const {
-    // Whole words of keys, so that what a word holds beside a row's last key does not depend on where pieces end.
+    // Whole words of keys, so that what a word holds beside a row's last key does not depend on where passes end.
     const std::int64_t last_row = (groups_.begin(last) + Words::kValues - 1) / Words::kValues * Words::kValues;
     const std::int64_t keys = a_.causal ? smaller(tokens_, last_row) : tokens_;
     for (std::int64_t key = 0; key < keys; key += buffers_.block_keys) {
@@ -71,7 +71,7 @@ class HeadAttention {
     if (keys <= 0) return;
     const VisibleKeys visible{row + 1 - block.begin, smaller(keys, block.count), a_.causal};
     SoftmaxState& state = buffers_.states[slot];
-    prefetch_next_head(row, rows);
+    if (block.begin == 0) prefetch_next_head(row, rows);
     copy_queries<Words>(query_ + row * a_.token_stride, a_.token_stride, rows, a_.head_dim, scale_, buffers_.queries);
     const std::int64_t depth = words_of<Words>(a_.head_dim);
     multiply<Words>(rows, buffers_.queries, buffers_.key_panels, depth * V::kSize, vectors_of(visible.last_row), depth,
@@ -97,14 +97,12 @@ class HeadAttention {
   // Adds a block's product to a row's sums; after the last block they become the output.
   RESNORM_INLINE void finish_row(const float* product, float* sums, bool first_block, bool last_block, float rescale,
                                  float denominator, T* output) const {
-    const V rescales = V::broadcast(rescale);
-    const V denominators = V::broadcast(denominator), reciprocals = V::broadcast(1 / denominator);
+    const V rescales = V::broadcast(rescale), denominators = V::broadcast(denominator);
     for_each_vector<float, 1>(a_.head_dim, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
       V sum = V::load(product + word_offset(i), AllLanes{});
       if (!first_block) sum = fma(V::load(sums + i, AllLanes{}), rescales, sum);
       if (last_block) {
-        const V quotient = sum * reciprocals;
-        fma(fma(V::broadcast(-1) * quotient, denominators, sum), reciprocals, quotient).store(output + i, lanes);
+        (sum / denominators).store(output + i, lanes);
       } else {
         sum.store(sums + i, AllLanes{});
       }
@@ -144,8 +142,8 @@ void attend_range(const PackedAttention& a, std::int64_t begin, std::int64_t end
       a, begin, end,
       [&](std::int64_t sequence, std::int64_t head, const RowGroups& groups, std::int64_t first, std::int64_t last) {
         const HeadAttention<T> attention(a, sequence, head, groups, buffers);
-        for (; first < last; first += buffers.piece_groups()) {
-          attention.attend(first, smaller(first + buffers.piece_groups(), last));
+        for (; first < last; first += buffers.pass_groups) {
+          attention.attend(first, smaller(first + buffers.pass_groups, last));
         }
       });
 }

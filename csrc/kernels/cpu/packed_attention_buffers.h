@@ -17,7 +17,9 @@ namespace {
 class AttentionBuffers {
  public:
   AttentionBuffers(std::int64_t head_dim, std::int64_t longest)
-      : width(vectors_of(head_dim) * Vec<float>::kSize), block_keys(block_keys_for(width)) {
+      : width(vectors_of(head_dim) * Vec<float>::kSize),
+        block_keys(block_keys_for(width)),
+        pass_groups((block_keys + kGroupRows - 1) / kGroupRows) {
     const std::int64_t keys = smaller(block_keys, (longest + kKeyStep - 1) / kKeyStep * kKeyStep);
     const std::int64_t sizes[] = {
         keys * width,                     // key_panels
@@ -25,12 +27,12 @@ class AttentionBuffers {
         chunks_of(width) * kChunkStride,  // queries
         kChunkStride,                     // scores
         chunks_of(width) * kChunkStride,  // products
-        longest > block_keys ? piece_groups() * kGroupRows * width : 0,
+        longest > block_keys ? pass_groups * kGroupRows * width : 0,
     };
     std::int64_t floats = 0;
     for (const std::int64_t size : sizes) floats += size;
     float* memory = static_cast<float*>(
-        thread_workspace(floats * sizeof(float) + static_cast<std::size_t>(piece_groups()) * sizeof(SoftmaxState)));
+        thread_workspace(floats * sizeof(float) + static_cast<std::size_t>(pass_groups) * sizeof(SoftmaxState)));
     float** const buffers[] = {&key_panels, &value_panels, &queries, &scores, &products, &outputs};
     for (int i = 0; i < 6; ++i) {
       *buffers[i] = memory;
@@ -39,14 +41,12 @@ class AttentionBuffers {
     states = reinterpret_cast<SoftmaxState*>(memory);
   }
 
-  // Groups of rows that one pass over the keys serves: all of a sequence whose keys are one block.
-  std::int64_t piece_groups() const { return (block_keys + kGroupRows - 1) / kGroupRows; }
-
   std::int64_t width;  // head_dim in whole vectors
   std::int64_t block_keys;
+  std::int64_t pass_groups;  // that one pass over the keys serves: all of a sequence whose keys are one block
   float *key_panels, *value_panels;
   float *queries, *scores, *products;  // of a group of rows
-  float* outputs;                      // of a piece's groups, where there are several blocks of keys
+  float* outputs;                      // of a pass's groups, where there are several blocks of keys
   SoftmaxState* states;
 
  private:

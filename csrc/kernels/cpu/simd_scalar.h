@@ -81,6 +81,7 @@ struct Vec {
   friend RESNORM_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend RESNORM_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend RESNORM_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   // b where either is NaN.
   friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }

@@ -18,10 +18,6 @@ namespace resnorm::composite {
 
 namespace {
 
-double scale_or_default(std::optional<double> scale, const Tensor& qkv) {
-  return scale.value_or(1.0 / std::sqrt(static_cast<double>(qkv.size(-1))));
-}
-
 // True where a query (row) sees a key (column).
 Tensor block_diagonal_mask(const Tensor& qkv, const Tensor& cu_seqlens, bool causal) {
   const auto bounds = cu_seqlens.to(qkv.device());
@@ -95,21 +91,34 @@ Tensor packed_attention_backward_batched(const Tensor& grad_output, const Tensor
 
 }  // namespace
 
-std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
-                                   const std::optional<c10::SymInt>& max_seqlen) {
-  const auto bounds = cu_seqlens.cpu().contiguous();
+double scale_or_default(std::optional<double> scale, const Tensor& qkv) {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(qkv.size(-1))));
+}
+
+Tensor bounds_of(const Tensor& cu_seqlens, int64_t tokens, const std::optional<c10::SymInt>& max_seqlen) {
+  auto bounds = cu_seqlens.cpu().contiguous();
   const auto* bound = bounds.const_data_ptr<int32_t>();
   const auto count = bounds.numel() - 1;
   TORCH_CHECK_VALUE(bound[0] == 0 && bound[count] == tokens, "Expected cu_seqlens from 0 to the number of tokens, ",
                     tokens, ", but got cu_seqlens from ", bound[0], " to ", bound[count]);
-  std::vector<Sequence> sequences;
-  sequences.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t length = bound[i + 1] - bound[i];
+    const int64_t length = int64_t{bound[i + 1]} - bound[i];
     TORCH_CHECK_VALUE(length >= 0, "Expected cu_seqlens to ascend, but got ", bound[i], " before ", bound[i + 1]);
     TORCH_CHECK_VALUE(!max_seqlen.has_value() || *max_seqlen >= length, "Expected no sequence longer than max_seqlen, ",
                       *max_seqlen, ", but got one of ", length, " tokens");
-    if (length > 0) sequences.push_back({bound[i], length});
+  }
+  return bounds;
+}
+
+std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
+                                   const std::optional<c10::SymInt>& max_seqlen) {
+  const auto bounds = bounds_of(cu_seqlens, tokens, max_seqlen);
+  const auto* bound = bounds.const_data_ptr<int32_t>();
+  const auto count = bounds.numel() - 1;
+  std::vector<Sequence> sequences;
+  sequences.reserve(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (bound[i] < bound[i + 1]) sequences.push_back({bound[i], bound[i + 1] - bound[i]});
   }
   return sequences;
 }

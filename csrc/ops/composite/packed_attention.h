@@ -15,7 +15,12 @@ struct Sequence {
   int64_t begin, length;
 };
 
-// The sequences that hold any token; throws where `cu_seqlens` are not bounds of `tokens` tokens.
+double scale_or_default(std::optional<double> scale, const Tensor& qkv);
+
+// `cu_seqlens` on the CPU and contiguous; throws where they are not bounds of `tokens` tokens.
+Tensor bounds_of(const Tensor& cu_seqlens, int64_t tokens, const std::optional<c10::SymInt>& max_seqlen);
+
+// The sequences that hold any token; throws as bounds_of does.
 std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
                                    const std::optional<c10::SymInt>& max_seqlen);
 
