@@ -7,7 +7,6 @@
 
 #include "norm_backward.h"
 #include "parallel.h"
-#include "prefetch.h"
 #include "residual_sum.h"
 #include "row_buffer.h"
 #include "row_statistics.h"
@@ -20,32 +19,56 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
   using Acc = Accumulation<Sum, Output>;
   RowBuffers buffers;
   const ResidualSumRows<Input, Residual, Acc> sums(a, buffers);
-  const RowWriter<Sum> rounded(a.sum, a.cols, buffers);
-  const RowWriter<Output> output(a.output, a.cols, buffers);
-  Acc* unrounded = kSame<Sum, Acc> ? nullptr : buffers.take<Acc>(a.cols);
+  const RowWriter<Sum> rounded(a.sum, a.cols, buffers, kRowsPerGroup);
+  const RowWriter<Output> output(a.output, a.cols, buffers, kRowsPerGroup);
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = vector_or(a.bias, Acc(0), a.cols, buffers);
-  const double reciprocal_cols = 1.0 / static_cast<double>(a.cols);
-  const bool far = are_far<Input, Residual, Sum, Output>(a.rows, a.cols);
-  for (std::int64_t row = begin; row < end; ++row) {
-    const std::int64_t next = row + 1 < end ? row + 1 : row;
-    Sum* sum = rounded.row(row);
-    if constexpr (kSame<Sum, Acc>) unrounded = sum;
-    const Acc mean = sums.with_row(row, [&](const auto& value) RESNORM_INLINE_LAMBDA {
-      return row_mean<Acc>(a.cols, reciprocal_cols, value,
-                           [&](std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
-                             x.store(unrounded + i, lanes);
-                             if constexpr (!kSame<Sum, Acc>) x.store(sum + i, lanes);
-                           });
+  const auto apart = [&](const Rows& result) { return result.data != a.input.data && result.data != a.residual.data; };
+  const bool streams_sum = apart(a.sum) && rounded.may_stream(a.rows);
+  // A sum that is stored unrounded, and not past the caches, is read again where it lies.
+  const bool in_place = kSame<Sum, Acc> && a.sum.data != nullptr && !streams_sum;
+  const bool writes_sum = a.sum.data != nullptr && !in_place;
+  const bool stream = apart(a.output) && output.may_stream(a.rows) && (streams_sum || !writes_sum);
+  Acc* buffer = in_place ? nullptr : buffers.take<Acc>(kRowsPerGroup * a.cols);
+  for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
+    constexpr int kRows = group;
+    Acc* unrounded[kRows];
+    Sum* sum_rows[kRows];
+    Output* outputs[kRows];
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      sum_rows[k] = rounded.row(first + k, k);
+      outputs[k] = output.row(first + k, k);
+      unrounded[k] = buffer + k * a.cols;
+      if constexpr (kSame<Sum, Acc>) unrounded[k] = in_place ? sum_rows[k] : unrounded[k];
     });
-    const NextRows next_rows(far, sums.input_ahead(next), sums.residual_ahead(next), rounded.ahead(next),
-                             output.ahead(next));
-    const auto statistics = row_statistics<Acc>(unrounded, a.cols, reciprocal_cols, mean, a.eps, next_rows);
-    store_statistics(statistics, row, a.mean, a.rstd);
-    normalize_row(unrounded, a.cols, statistics, weight, bias, output.row(row));
-    rounded.commit(row);
-    output.commit(row);
-  }
+    const NextRows next(first + kRows, end);
+    RowStatistics<Acc> statistics[kRows];
+    sums.template with_rows<kRows>(first, [&](const auto& sum) RESNORM_INLINE_LAMBDA {
+      const auto value = [&](auto k, std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA {
+        const Vec<Acc> x = sum(k, i, lanes);
+        x.store(unrounded[k] + i, lanes);
+        return x;
+      };
+      row_statistics(a.cols, a.eps, value, unrounded, statistics,
+                     [&](std::int64_t i) RESNORM_INLINE_LAMBDA { sums.prefetch(next.first, i); });
+    });
+    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+      with_flag(writes_sum, [&](auto kWritesSum) RESNORM_INLINE_LAMBDA {
+        normalize_rows<kStream>(
+            unrounded, a.cols, statistics, weight, bias, outputs,
+            [&](auto k, std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
+              if constexpr (kWritesSum) put<kStream>(x, sum_rows[k] + i, lanes);
+            },
+            [&](std::int64_t i) RESNORM_INLINE_LAMBDA { sums.prefetch(next.second, i); });
+      });
+    });
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      store_statistics(statistics[k], first + k, a.mean, a.rstd);
+      rounded.commit(first + k, k);
+      output.commit(first + k, k);
+    });
+  });
+  if (stream) stream_fence();
 }
 
 inline void add_layer_norm_forward(const AddLayerNormForward& a, ParallelFor parallel_for) {

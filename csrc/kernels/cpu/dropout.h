@@ -31,9 +31,6 @@ class DropoutRows {
     return draws + offset;
   }
 
-  // Draws of no row in particular.
-  const std::uint16_t* any() const { return draws_; }
-
   const std::uint32_t threshold;
   const float scale;
 

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// output = (input - mean) * rstd * weight + bias. Each row is read once from memory and twice more from the first
-// cache.
+// output = (input - mean) * rstd * weight + bias. Each row is read once from memory and twice more from the caches.
 #pragma once
 
 #include <cstdint>
 
 #include "norm_backward.h"
 #include "parallel.h"
-#include "prefetch.h"
 #include "row_buffer.h"
 #include "row_statistics.h"
 
@@ -18,31 +16,36 @@ template <class T>
 void layer_norm_rows(const LayerNormForward& a, std::int64_t begin, std::int64_t end) {
   using Acc = Accumulation<T>;
   RowBuffers buffers;
-  const RowReader<T> input(a.input, a.cols, buffers);
-  const RowWriter<T> output(a.output, a.cols, buffers);
+  const RowReader<T> input(a.input, a.cols, buffers, kRowsPerGroup);
+  const RowWriter<T> output(a.output, a.cols, buffers, kRowsPerGroup);
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = vector_or(a.bias, Acc(0), a.cols, buffers);
-  // Half types are widened once, by the first sweep.
-  Acc* widened = kSame<T, Acc> ? nullptr : buffers.take<Acc>(a.cols);
-  const double reciprocal_cols = 1.0 / static_cast<double>(a.cols);
-  const bool far = are_far<T, T>(a.rows, a.cols);
-  for (std::int64_t row = begin; row < end; ++row) {
-    const std::int64_t next = row + 1 < end ? row + 1 : row;
-    const T* input_row = input.row(row);
-    const Acc mean = row_mean<Acc>(
-        a.cols, reciprocal_cols,
-        [&](std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(input_row + i, lanes); },
-        [&](std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
-          if constexpr (!kSame<T, Acc>) x.store(widened + i, lanes);
-        });
-    const Acc* values = widened;
-    if constexpr (kSame<T, Acc>) values = input_row;
-    const auto statistics = row_statistics(values, a.cols, reciprocal_cols, mean, a.eps,
-                                           NextRows(far, input.ahead(next), output.ahead(next)));
-    store_statistics(statistics, row, a.mean, a.rstd);
-    normalize_row(values, a.cols, statistics, weight, bias, output.row(row));
-    output.commit(row);
-  }
+  const bool stream = a.output.data != a.input.data && output.may_stream(a.rows);
+  for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
+    constexpr int kRows = group;
+    const T* inputs[kRows];
+    T* outputs[kRows];
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      inputs[k] = input.row(first + k, k);
+      outputs[k] = output.row(first + k, k);
+    });
+    const auto value = [&](auto k, std::int64_t i, auto lanes)
+                           RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(inputs[k] + i, lanes); };
+    const NextRows next(first + kRows, end);
+    RowStatistics<Acc> statistics[kRows];
+    row_statistics(a.cols, a.eps, value, inputs, statistics,
+                   [&](std::int64_t i) RESNORM_INLINE_LAMBDA { input.prefetch(next.first, i); });
+    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+      normalize_rows<kStream>(
+          inputs, a.cols, statistics, weight, bias, outputs, [](auto...) RESNORM_INLINE_LAMBDA {},
+          [&](std::int64_t i) RESNORM_INLINE_LAMBDA { input.prefetch(next.second, i); });
+    });
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      store_statistics(statistics[k], first + k, a.mean, a.rstd);
+      output.commit(first + k, k);
+    });
+  });
+  if (stream) stream_fence();
 }
 
 inline void layer_norm_forward(const LayerNormForward& a, ParallelFor parallel_for) {

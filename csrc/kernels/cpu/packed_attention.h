@@ -13,7 +13,6 @@
 #include "packed_attention_softmax.h"
 #include "packed_attention_words.h"
 #include "parallel.h"
-#include "prefetch.h"
 #include "simd.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
@@ -115,7 +114,9 @@ class HeadAttention {
     for (const T* from : operands) {
       from += row * a_.token_stride + a_.head_stride;
       for (std::int64_t i = 0; i < rows; ++i, from += a_.token_stride) {
-        for (std::int64_t j = 0; j < a_.head_dim; j += 64 / static_cast<std::int64_t>(sizeof(T))) prefetch(from + j);
+        for (std::int64_t j = 0; j < a_.head_dim; j += 64 / static_cast<std::int64_t>(sizeof(T))) {
+          __builtin_prefetch(from + j, 0, 2);
+        }
       }
     }
   }

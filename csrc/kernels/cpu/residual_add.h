@@ -19,14 +19,19 @@ void residual_add_rows(const ResidualAddForward& a, std::int64_t begin, std::int
   RowBuffers buffers;
   const ResidualSumRows<Input, Stream, Acc> sums(a, buffers);
   const RowWriter<Stream> output(a.output, a.cols, buffers);
-  for (std::int64_t row = begin; row < end; ++row) {
-    Stream* to = output.row(row);
-    sums.with_row(row, [&](const auto& value) RESNORM_INLINE_LAMBDA {
-      for_each_vector<Acc, 4>(a.cols, [&](std::int64_t i, auto, auto lanes)
-                                          RESNORM_INLINE_LAMBDA { value(i, lanes).store(to + i, lanes); });
-    });
-    output.commit(row);
-  }
+  const bool stream = a.output.data != a.input.data && a.output.data != a.residual.data && output.may_stream(a.rows);
+  with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+    for (std::int64_t row = begin; row < end; ++row) {
+      Stream* to = output.row(row);
+      sums.template with_rows<1>(row, [&](const auto& sum) RESNORM_INLINE_LAMBDA {
+        for_each_vector<Acc, 4>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+          put<kStream>(sum(Index<0>{}, i, lanes), to + i, lanes);
+        });
+      });
+      output.commit(row);
+    }
+  });
+  if (stream) stream_fence();
 }
 
 inline void residual_add_forward(const ResidualAddForward& a, ParallelFor parallel_for) {
@@ -46,53 +51,43 @@ inline void residual_add_forward(const ResidualAddForward& a, ParallelFor parall
 }
 
 template <class Stream, class Input>
-struct ResidualAddBackwardRow {
-  const Stream* grad_output;
-  const std::uint16_t* draws;
-  Input* grad_input;
-};
-
-template <class Stream, class Input, class Acc>
-RESNORM_INLINE void residual_add_backward_group(const ResidualAddBackwardRow<Stream, Input> (&rows)[kRowsPerGroup],
-                                                std::int64_t cols, const DropoutRows& dropout, Acc* sums) {
-  using V = Vec<Acc>;
-  for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-    V sum = {};
-    unrolled<kRowsPerGroup>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V scaled = V::load(rows[k].grad_output + i, lanes) * V::broadcast(static_cast<Acc>(dropout.scale));
-      const V grad = scaled.keep(rows[k].draws + i, dropout.threshold);
-      grad.store(rows[k].grad_input + i, lanes);
-      sum = k == 0 ? grad : sum + grad;
-    });
-    (V::load(sums + i, lanes) + sum).store(sums + i, lanes);
-  });
-}
-
-template <class Stream, class Input>
 void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel_for) {
   using Acc = Accumulation<Stream, Input>;
+  using V = Vec<Acc>;
   const ColumnSums<Acc, 1> column_sums({a.grad_input_bias}, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
-    const RowReader<Stream> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup), zeros({}, a.cols, buffers);
-    const RowWriter<Input> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup), discard({}, a.cols, buffers);
+    const RowReader<Stream> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
+    const RowWriter<Input> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup);
     const DropoutRows dropout(a.dropout, a.cols, buffers, kRowsPerGroup);
     Acc* const sums[1] = {buffers.take<Acc>(a.cols)};
-    const auto batch = [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t row = first; row < last; row += kRowsPerGroup) {
-        ResidualAddBackwardRow<Stream, Input> rows[kRowsPerGroup];
-        for (int k = 0; k < kRowsPerGroup; ++k) {
-          if (row + k < last) {
-            rows[k] = {grad_output.row(row + k, k), dropout.row(row + k, k), grad_input.row(row + k, k)};
-          } else {
-            rows[k] = {zeros.row(0), dropout.any(), discard.row(0)};
-          }
-        }
-        residual_add_backward_group(rows, a.cols, dropout, sums[0]);
-        for (int k = 0; k < kRowsPerGroup && row + k < last; ++k) grad_input.commit(row + k, k);
-      }
-    };
-    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+    const bool stream = grad_input.may_stream(a.rows);
+    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+      const auto rows = [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+        const Stream* from[count];
+        const std::uint16_t* draws[count];
+        Input* to[count];
+        unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
+          from[k] = grad_output.row(first + k, k);
+          draws[k] = dropout.row(first + k, k);
+          to[k] = grad_input.row(first + k, k);
+        });
+        for_each_vector<Acc, 1>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+          V sum = {};
+          unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
+            const V scaled = V::load(from[k] + i, lanes) * V::broadcast(static_cast<Acc>(dropout.scale));
+            const V grad = scaled.keep(draws[k] + i, dropout.threshold);
+            put<kStream>(grad, to[k] + i, lanes);
+            sum = k == 0 ? grad : sum + grad;
+          });
+          (V::load(sums[0] + i, lanes) + sum).store(sums[0] + i, lanes);
+        });
+        for (int k = 0; k < count; ++k) grad_input.commit(first + k, k);
+      };
+      const auto batch = [&](std::int64_t first, std::int64_t last) { for_each_group(first, last, rows); };
+      for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+    });
+    if (stream) stream_fence();
   });
   column_sums.finish(parallel_for);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One row of residual + dropout(input + input_bias), vector by vector.
+// Rows of residual + dropout(input + input_bias), vector by vector.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,23 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-template <class Input, class Residual, class Acc, bool kHasBias, bool kHasDropout>
-struct ResidualSum {
-  const Input* input;
-  const Residual* residual;
+// A group of rows: (k, i, lanes) is a vector of the k-th.
+template <class Input, class Residual, class Acc, int kRows, bool kHasBias, bool kHasDropout>
+struct ResidualSums {
+  const Input* input[kRows];
+  const Residual* residual[kRows];
+  const std::uint16_t* draws[kRows];
   const Acc* bias;
-  const std::uint16_t* draws;
   std::uint32_t threshold;
   Acc scale;
 
-  template <class Lanes>
-  RESNORM_INLINE Vec<Acc> operator()(std::int64_t i, Lanes lanes) const {
+  template <int k, class Lanes>
+  RESNORM_INLINE Vec<Acc> operator()(Index<k>, std::int64_t i, Lanes lanes) const {
     using V = Vec<Acc>;
-    V branch = V::load(input + i, lanes);
+    V branch = V::load(input[k] + i, lanes);
     if constexpr (kHasBias) branch = branch + V::load(bias + i, lanes);
-    if constexpr (kHasDropout) branch = (branch * V::broadcast(scale)).keep(draws + i, threshold);
-    return V::load(residual + i, lanes) + branch;
+    if constexpr (kHasDropout) branch = (branch * V::broadcast(scale)).keep(draws[k] + i, threshold);
+    return V::load(residual[k] + i, lanes) + branch;
   }
 };
 
@@ -35,29 +36,40 @@ class ResidualSumRows {
  public:
   template <class Arguments>
   ResidualSumRows(const Arguments& a, RowBuffers& buffers)
-      : input_(a.input, a.cols, buffers),
-        residual_(a.residual, a.cols, buffers),
-        dropout_(a.dropout, a.dropout.threshold > 0 ? a.cols : 0, buffers),
+      : input_(a.input, a.cols, buffers, kRowsPerGroup),
+        residual_(a.residual, a.cols, buffers, kRowsPerGroup),
+        dropout_(a.dropout, a.dropout.threshold > 0 ? a.cols : 0, buffers, kRowsPerGroup),
         has_bias_(a.input_bias.data != nullptr) {
     if (has_bias_ || dropout_.threshold > 0) bias_ = vector_or(a.input_bias, Acc(0), a.cols, buffers);
   }
 
-  // f(ResidualSum) for one row. Beside the draws, adding a bias of zeros costs nothing worth a loop of its own.
-  template <class F>
-  RESNORM_INLINE auto with_row(std::int64_t row, const F& f) const {
-    if (dropout_.threshold > 0) return f(sum<true, true>(row, dropout_.row(row)));
-    if (has_bias_) return f(sum<true, false>(row, nullptr));
-    return f(sum<false, false>(row, nullptr));
+  // f(ResidualSums) for kRows rows from the first on. Beside the draws, adding a bias of zeros costs nothing worth a
+  // loop of its own.
+  template <int kRows, class F>
+  RESNORM_INLINE void with_rows(std::int64_t first, const F& f) const {
+    if (dropout_.threshold > 0) return f(sums<kRows, true, true>(first));
+    if (has_bias_) return f(sums<kRows, true, false>(first));
+    return f(sums<kRows, false, false>(first));
   }
 
-  RESNORM_INLINE const Input* input_ahead(std::int64_t row) const { return input_.ahead(row); }
-  RESNORM_INLINE const Residual* residual_ahead(std::int64_t row) const { return residual_.ahead(row); }
+  RESNORM_INLINE void prefetch(std::int64_t row, std::int64_t i) const {
+    input_.prefetch(row, i);
+    residual_.prefetch(row, i);
+  }
 
  private:
-  template <bool kHasBias, bool kHasDropout>
-  RESNORM_INLINE ResidualSum<Input, Residual, Acc, kHasBias, kHasDropout> sum(std::int64_t row,
-                                                                              const std::uint16_t* draws) const {
-    return {input_.row(row), residual_.row(row), bias_, draws, dropout_.threshold, static_cast<Acc>(dropout_.scale)};
+  template <int kRows, bool kHasBias, bool kHasDropout>
+  RESNORM_INLINE auto sums(std::int64_t first) const {
+    ResidualSums<Input, Residual, Acc, kRows, kHasBias, kHasDropout> sums;
+    for (int k = 0; k < kRows; ++k) {
+      sums.input[k] = input_.row(first + k, k);
+      sums.residual[k] = residual_.row(first + k, k);
+      sums.draws[k] = kHasDropout ? dropout_.row(first + k, k) : nullptr;
+    }
+    sums.bias = bias_;
+    sums.threshold = dropout_.threshold;
+    sums.scale = static_cast<Acc>(dropout_.scale);
+    return sums;
   }
 
   RowReader<Input> input_;

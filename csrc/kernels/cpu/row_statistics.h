@@ -1,80 +1,95 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Mean and variance of a row in two sweeps, exact where one-sweep formulas are not: for rows far from zero.
+// Mean and variance of rows, exact where one-sweep formulas are not: for rows far from zero.
 //
-// The first sweep sums differences from the row's first element, so the mean of a constant row is that element exactly.
-// What rounding the mean loses, the second sweep finds again: with d = x - mean, delta = sum(d) / N is the rest of the
-// mean, variance = sum(d^2) / N - delta^2, and x - mean - delta is the deviation, whatever the base.
+// A piece of a row that fits the first cache is swept twice: a sum gives its mean, and with d = x - mean the second
+// sweep finds what rounding lost of it, delta = sum(d) / N, and the squares about it, sum(d^2) - N delta^2. Pieces are
+// merged in double (Chan et al. 1979), so a row is read from memory once, however long. A constant row's mean is exact.
 #pragma once
 
 #include <cstdint>
 
-#include "prefetch.h"
+#include "row_buffer.h"
 #include "simd.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-inline constexpr int kSlots = 4;
+// Independent accumulators of one row; the two sums of the second sweep, for all rows of a group, must fit in
+// registers.
+inline constexpr int kSlots = kRegisters / 8;
 
+// x - mean - delta is a deviation: delta is what the mean's type cannot hold of it.
 template <class Acc>
 struct RowStatistics {
   Acc mean, delta, rstd;
 };
 
-// The mean of value(i, lanes) over a row. `sink(i, vector, lanes)` sees every vector once; the first element is read
-// once more before, so `value` must have no effects.
-template <class Acc, class Value, class Sink>
-RESNORM_INLINE Acc row_mean(std::int64_t cols, double reciprocal_cols, const Value& value, const Sink& sink) {
+// value(k, i, lanes) is a vector of row k, asked for once each and in order; from then on it can be read at rows[k] +
+// i. `prefetch(i)` is called beside the second sweep, which leaves the memory idle.
+template <class Acc, int kRows, class Pointer, class Value, class Prefetch>
+RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& value, const Pointer (&rows)[kRows],
+                                   RowStatistics<Acc> (&statistics)[kRows], const Prefetch& prefetch) {
   using V = Vec<Acc>;
-  const Acc pivot = value(0, FirstLanes{1}).first();
-  const V pivots = V::broadcast(pivot);
-  V sums[kSlots] = {};
-  for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-    const V x = value(i, lanes);
-    sink(i, x, lanes);
-    sums[slot] = sums[slot] + (x - pivots).only(lanes);
-  });
-  return pivot + total(sums) * static_cast<Acc>(reciprocal_cols);
-}
-
-// What is left to know of a row when its mean is known to the last bit or so.
-template <class Acc, int kNext>
-RESNORM_INLINE RowStatistics<Acc> row_statistics(const Acc* row, std::int64_t cols, double reciprocal_cols, Acc mean,
-                                                 double eps, const NextRows<kNext>& next) {
-  using V = Vec<Acc>;
-  const V means = V::broadcast(mean);
-  double sum = 0.0, square = 0.0;
+  // The mean so far is base + offset, so that a mean far from zero keeps its digits.
+  double bases[kRows] = {}, offsets[kRows] = {}, squares[kRows] = {};
   for_each_piece(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
-    V sums[kSlots] = {}, squares[kSlots] = {};
+    V sums[kRows][kSlots] = {};
     for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-      next.prefetch_column(begin + i);
-      const V deviation = (V::load(row + begin + i, lanes) - means).only(lanes);
-      sums[slot] = sums[slot] + deviation;
-      squares[slot] = fma(deviation, deviation, squares[slot]);
+      unrolled<kRows>([&](auto k)
+                          RESNORM_INLINE_LAMBDA { sums[k][slot] = sums[k][slot] + value(k, begin + i, lanes); });
     });
-    sum += total(sums);
-    square += total(squares);
+    const auto count = static_cast<double>(size);
+    Acc means[kRows];
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { means[k] = static_cast<Acc>(total(sums[k]) / count); });
+    V deviation_sums[kRows][kSlots] = {}, square_sums[kRows][kSlots] = {};
+    for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
+      prefetch(begin + i);
+      unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+        const V deviation = (V::load(rows[k] + begin + i, lanes) - V::broadcast(means[k])).only(lanes);
+        deviation_sums[k][slot] = deviation_sums[k][slot] + deviation;
+        square_sums[k][slot] = fma(deviation, deviation, square_sums[k][slot]);
+      });
+    });
+    const double share = count / static_cast<double>(begin + size);
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      const double delta = total(deviation_sums[k]) / count, square = total(square_sums[k]) - count * delta * delta;
+      if (begin == 0) bases[k] = means[k];
+      const double distance = (means[k] - bases[k]) + delta - offsets[k];
+      offsets[k] += distance * share;
+      squares[k] += square + distance * distance * share * static_cast<double>(begin);
+    });
   });
   // A handful of double operations a row, where float ones would leave the same relative error in every element. They
   // also keep rows of huge values from Inf - Inf.
-  const double delta = sum * reciprocal_cols;
-  const double variance = square * reciprocal_cols - delta * delta;
-  // The mean takes what of delta it can hold: subtracting the little that is left then rounds no deviation once more.
-  const Acc rounded_mean = static_cast<Acc>(mean + delta);
-  return {rounded_mean, static_cast<Acc>((static_cast<double>(mean) - rounded_mean) + delta),
-          static_cast<Acc>(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps))};
+  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+    const double variance = squares[k] / static_cast<double>(cols);
+    const Acc mean = static_cast<Acc>(bases[k] + offsets[k]);
+    statistics[k] = {mean, static_cast<Acc>((bases[k] - mean) + offsets[k]),
+                     static_cast<Acc>(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps))};
+  });
 }
 
-// output = (x - mean) * rstd * weight + bias.
-template <class Acc, class Out>
-RESNORM_NOINLINE void normalize_row(const Acc* row, std::int64_t cols, const RowStatistics<Acc>& statistics,
-                                    const Acc* weight, const Acc* bias, Out* output) {
+// output = (x - mean) * rstd * weight + bias. `also(k, i, x, lanes)` sees every vector before its output is written;
+// `prefetch(i)` as above.
+template <bool kStream, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
+RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t cols,
+                                   const RowStatistics<Acc> (&statistics)[kRows], const Acc* weight, const Acc* bias,
+                                   Out* const (&outputs)[kRows], const Also& also, const Prefetch& prefetch) {
   using V = Vec<Acc>;
-  const V mean = V::broadcast(statistics.mean), delta = V::broadcast(statistics.delta);
-  const V rstd = V::broadcast(statistics.rstd);
-  for_each_vector<Acc, kSlots>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-    const V normalized = (V::load(row + i, lanes) - mean - delta) * rstd;
-    fma(normalized, V::load(weight + i, lanes), V::load(bias + i, lanes)).store(output + i, lanes);
+  V means[kRows], rstds[kRows], shifts[kRows];
+  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+    means[k] = V::broadcast(statistics[k].mean);
+    rstds[k] = V::broadcast(statistics[k].rstd);
+    shifts[k] = V::broadcast(-statistics[k].delta * statistics[k].rstd);
+  });
+  for_each_vector<Acc, 2>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    prefetch(i);
+    const V w = V::load(weight + i, lanes), b = V::load(bias + i, lanes);
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      const V x = V::load(rows[k] + i, lanes);
+      also(k, i, x, lanes);
+      put<kStream>(fma(fma(x - means[k], rstds[k], shifts[k]), w, b), outputs[k] + i, lanes);
+    });
   });
 }
 

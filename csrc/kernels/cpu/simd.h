@@ -13,6 +13,7 @@
 #define RESNORM_NOINLINE __attribute__((noinline))
 
 #include "element.h"
+#include "workspace.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
@@ -65,6 +66,22 @@ RESNORM_INLINE void unrolled(const Body& body) {
   if constexpr (kIndex + 1 < kCount) unrolled<kCount, kIndex + 1>(body);
 }
 
+// Stores, past the caches where kStream: `to` is aligned then.
+template <bool kStream, class V, class T, class Lanes>
+RESNORM_INLINE void put(V value, T* to, Lanes lanes) {
+  if constexpr (kStream && kSame<Lanes, AllLanes>) {
+    value.stream(to);
+  } else {
+    value.store(to, lanes);
+  }
+}
+
+// body(Index<flag>): for a flag that a loop is compiled for.
+template <class Body>
+RESNORM_INLINE void with_flag(bool flag, const Body& body) {
+  flag ? body(Index<1>{}) : body(Index<0>{});
+}
+
 // body(i, slot, lanes) for every vector of a row: `slot` runs over kSlots independent accumulators, which hide the
 // latency of the additions.
 template <class Acc, int kSlots, class Body>
@@ -81,6 +98,22 @@ RESNORM_INLINE void for_each_vector(std::int64_t cols, const Body& body) {
     if (i < cols) body(i, Index<0>{}, FirstLanes{static_cast<int>(cols - i)});
   }
 }
+
+// body(row, Index<kRows>) for groups of rows: whole ones, then single rows.
+template <class Body>
+RESNORM_INLINE void for_each_group(std::int64_t begin, std::int64_t end, const Body& body) {
+  for (; begin + kRowsPerGroup <= end; begin += kRowsPerGroup) body(begin, Index<kRowsPerGroup>{});
+  for (; begin < end; ++begin) body(begin, Index<1>{});
+}
+
+// The two rows of the group that comes next, to be prefetched: half of it beside each of the sweeps that read from the
+// caches, because a core can wait for a few lines only at a time.
+struct NextRows {
+  NextRows(std::int64_t next, std::int64_t end)
+      : first(next < end ? next : end - 1), second(next + 1 < end ? next + 1 : end - 1) {}
+
+  std::int64_t first, second;
+};
 
 // body(begin, size) for every piece of a long row. One accumulator that ran through all of it would round each element
 // to the scale of their sum; pieces' sums are small, and a few of them can be added in double.

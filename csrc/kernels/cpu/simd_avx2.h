@@ -8,6 +8,7 @@ namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
 inline constexpr bool kHasHalfLoops = true;
+inline constexpr int kRegisters = 16;
 
 RESNORM_INLINE __m256i mask32(FirstLanes lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -34,6 +35,10 @@ RESNORM_INLINE void store16(void* to, __m128i value, FirstLanes lanes) {
   __builtin_memcpy(to, elements, lanes.count * sizeof(std::uint16_t));
 }
 
+RESNORM_INLINE void stream16(void* to, __m128i value) { _mm_stream_si128(static_cast<__m128i*>(to), value); }
+
+RESNORM_INLINE void stream_fence() { _mm_sfence(); }
+
 RESNORM_INLINE __m128i to_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -42,6 +47,10 @@ RESNORM_INLINE __m128i to_bfloat16(__m256 value) {
   const __m256i quieted = _mm256_or_si256(rounded, _mm256_and_si256(nan, _mm256_set1_epi32(0x7FC00000)));
   const __m256i upper = _mm256_srli_epi32(quieted, 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+}
+
+RESNORM_INLINE __m128i to_float16(__m256 value) {
+  return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 template <>
@@ -78,10 +87,14 @@ struct Vec<float> {
   }
   template <class Lanes>
   RESNORM_INLINE void store(Float16* to, Lanes lanes) const {
-    store16(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
+    store16(to, to_float16(v), lanes);
   }
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
   RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
+
+  RESNORM_INLINE void stream(float* to) const { _mm256_stream_ps(to, v); }
+  RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
+  RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
 
   RESNORM_INLINE float first() const { return _mm256_cvtss_f32(v); }
   RESNORM_INLINE float sum() const {
@@ -152,6 +165,8 @@ struct Vec<double> {
   RESNORM_INLINE void store(T* to, FirstLanes lanes) const {
     store_each(v, lanes.count, to);
   }
+
+  RESNORM_INLINE void stream(double* to) const { _mm256_stream_pd(to, v); }
 
   RESNORM_INLINE double first() const { return _mm256_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const {

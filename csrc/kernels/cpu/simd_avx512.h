@@ -13,6 +13,7 @@ namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
 inline constexpr bool kHasHalfLoops = true;
+inline constexpr int kRegisters = 32;
 
 RESNORM_INLINE __mmask16 mask(FirstLanes lanes) { return static_cast<__mmask16>((1U << lanes.count) - 1U); }
 
@@ -33,6 +34,10 @@ RESNORM_INLINE void store16(void* to, __m256i value, FirstLanes lanes) {
   _mm256_mask_storeu_epi16(to, mask(lanes), value);
 }
 
+RESNORM_INLINE void stream16(void* to, __m256i value) { _mm256_stream_si256(static_cast<__m256i*>(to), value); }
+
+RESNORM_INLINE void stream_fence() { _mm_sfence(); }
+
 RESNORM_INLINE __m256i to_bfloat16(__m512 value) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormal numbers for 0.
@@ -47,6 +52,10 @@ RESNORM_INLINE __m256i to_bfloat16(__m512 value) {
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i quieted = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted, 16));
+}
+
+RESNORM_INLINE __m256i to_float16(__m512 value) {
+  return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 template <>
@@ -83,10 +92,14 @@ struct Vec<float> {
   }
   template <class Lanes>
   RESNORM_INLINE void store(Float16* to, Lanes lanes) const {
-    store16(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
+    store16(to, to_float16(v), lanes);
   }
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
   RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
+
+  RESNORM_INLINE void stream(float* to) const { _mm512_stream_ps(to, v); }
+  RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
+  RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
 
   RESNORM_INLINE float first() const { return _mm512_cvtss_f32(v); }
   RESNORM_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
@@ -151,6 +164,8 @@ struct Vec<double> {
   RESNORM_INLINE void store(T* to, FirstLanes lanes) const {
     store_each(v, lanes.count, to);
   }
+
+  RESNORM_INLINE void stream(double* to) const { _mm512_stream_pd(to, v); }
 
   RESNORM_INLINE double first() const { return _mm512_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const { return _mm512_reduce_add_pd(v); }

@@ -8,6 +8,9 @@ namespace {
 
 // Loops of their own for half types would not be fast here: rows of them are converted first.
 inline constexpr bool kHasHalfLoops = false;
+inline constexpr int kRegisters = 16;
+
+RESNORM_INLINE void stream_fence() {}
 
 template <class Acc>
 struct Vec {
@@ -41,6 +44,11 @@ struct Vec {
   template <class T>
   RESNORM_INLINE void store(T* to, FirstLanes lanes) const {
     store_each(v, lanes.count, to);
+  }
+
+  template <class T>
+  RESNORM_INLINE void stream(T* to) const {
+    store(to, AllLanes{});
   }
 
   RESNORM_INLINE Acc first() const { return v[0]; }

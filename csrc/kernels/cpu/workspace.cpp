@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "workspace.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -12,9 +14,18 @@ namespace {
 
 constexpr std::int64_t kMaxRowBlocks = 64;
 
+// Where the system does not know, or counts another level.
+constexpr long kLeastLastCacheBytes = 8L * 1024 * 1024;
+
 std::int64_t row_groups(std::int64_t rows) { return (rows + kRowsPerGroup - 1) / kRowsPerGroup; }
 
 }  // namespace
+
+std::int64_t streamed_bytes() {
+  // Half of the last cache: the other half holds what the result is made from.
+  static const std::int64_t bytes = std::max(sysconf(_SC_LEVEL3_CACHE_SIZE), kLeastLastCacheBytes) / 2;
+  return bytes;
+}
 
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols) {
   const std::int64_t rows_per_task =

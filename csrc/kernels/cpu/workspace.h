@@ -11,8 +11,12 @@ namespace resnorm::cpu {
 // Fewer elements than this are one thread's work: starting a second costs more than it saves.
 inline constexpr std::int64_t kElementsPerTask = 32 * 1024;
 
-// Rows that a backward pass takes together, so that weight and column sums are touched once for all of them.
-inline constexpr int kRowsPerGroup = 4;
+// Rows that a pass takes together: weight, bias and column sums are touched once for all of them, and one row's
+// additions hide the latency of another's. More rows of a usual size would not fit the first cache.
+inline constexpr int kRowsPerGroup = 2;
+
+// A result of as many bytes is written past the caches.
+std::int64_t streamed_bytes();
 
 // A power of two: 1, 2, ... 64.
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols);
