@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../operands.h"
 #include "kernel_call.h"
 
 namespace resnorm {
