@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/add_layer_norm.h"
+#include "ops/bias_activation.h"
 #include "ops/cpu/kernel_call.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
@@ -82,6 +83,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("residual_add_out", torch::wrap_pybind_function_no_gil(resnorm::residual_add_out));
   m.def("add_layer_norm", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm));
   m.def("add_layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm_out));
+  m.def("bias_activation", torch::wrap_pybind_function_no_gil(resnorm::bias_activation));
+  m.def("bias_activation_out", torch::wrap_pybind_function_no_gil(resnorm::bias_activation_out));
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
   m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
   m.def("onednn_supports", torch::wrap_pybind_function(resnorm::onednn::supports));

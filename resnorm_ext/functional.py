@@ -160,6 +160,36 @@ def add_layer_norm(
     return out
 
 
+def bias_activation(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``activation(input + bias)``, in one pass.
+
+    Args:
+        input: of any shape.
+        bias: of the last dimension, in a dtype as for :func:`layer_norm`'s weight.
+        activation: ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
+        out: receives the result; may be ``input``. Not differentiable.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: another ``activation``.
+        NotImplementedError: ``input`` is not floating point.
+    """
+    ops = _operators(input, bias)
+    if out is None:
+        return ops.bias_activation(input, bias, activation)
+    ops.bias_activation_out(input, bias, activation, out)
+    return out
+
+
 def linear(
     input: Tensor,
     weight: Tensor,

@@ -6,6 +6,7 @@ Each function computes in the dtype it is given (tests pass float64) and is diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,18 @@ def add_layer_norm(
     """``(y, s)`` with ``s = residual + dropout(input + input_bias)`` and ``y = layer_norm(s)``."""
     total = residual_add(input, residual, input_bias, dropout_p=dropout_p, seed=seed)
     return layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
+def bias_activation(input: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """``activation(input + bias)``; for gelu and its tanh form see Hendrycks and Gimpel 2016."""
+    x = input if bias is None else input + bias
+    if activation == "relu":
+        return x.relu()
+    if activation == "gelu":
+        return x * torch.erfc(-x / math.sqrt(2)) / 2
+    if activation == "gelu_tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    raise ValueError(f"expected activation to be relu, gelu or gelu_tanh, but got {activation}")
 
 
 def dropout_threshold(p: float) -> int:

@@ -132,4 +132,26 @@ struct PackedAttention {
   void* output;
 };
 
+enum class Activation : std::uint8_t { kNone, kRelu, kGelu, kGeluTanh };
+
+// output = activation(input + bias), for another activation than kNone. `output` may be `input`. No operand is float64.
+struct BiasActivationForward {
+  std::int64_t rows, cols;
+  ConstRows input;
+  ConstVector bias;
+  Activation activation;
+  Rows output;
+};
+
+// grad_input = grad_output * activation'(input + bias), and grad_bias the sum of its rows.
+struct BiasActivationBackward {
+  std::int64_t rows, cols;
+  ConstRows grad_output, input;
+  ConstVector bias;
+  Activation activation;
+  Rows grad_input;
+  Vector grad_bias;
+  void* workspace = nullptr;
+};
+
 }  // namespace resnorm

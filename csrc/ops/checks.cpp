@@ -30,6 +30,11 @@ void check_floating(const char* op, const Tensor& input) {
   check_dtype(op, input.scalar_type(), input.is_meta());
 }
 
+c10::SymIntArrayRef row_shape(const Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes();
+  return sizes.slice(sizes.empty() ? 0 : sizes.size() - 1);
+}
+
 void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef shape) {
   TORCH_CHECK(tensor.sym_sizes() == shape, "Expected ", name, " to be of shape ", shape, ", but got ", name,
               " of shape ", tensor.sym_sizes());

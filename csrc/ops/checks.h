@@ -18,6 +18,9 @@ using OptionalTensor = std::optional<Tensor>;
 // float32 and float64, bfloat16 and float16.
 void check_floating(const char* op, const Tensor& input);
 
+// Where nothing is normalized, the last dimension makes up a row; a zero-dimensional tensor is one row of one element.
+c10::SymIntArrayRef row_shape(const Tensor& tensor);
+
 // A weight or bias of the normalized shape: the input's dtype, or float32 beside a half-precision input.
 void check_parameter(const char* name, const OptionalTensor& parameter, c10::SymIntArrayRef shape, const Tensor& input);
 

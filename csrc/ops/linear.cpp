@@ -36,14 +36,6 @@ Tensor linear_autocast(const Tensor& input, const Tensor& weight, const Optional
 
 }  // namespace
 
-Activation parse_activation(c10::string_view name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  TORCH_CHECK_VALUE(false, "Expected activation to be none, relu, gelu or gelu_tanh, but got ", std::string(name));
-}
-
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
               const OptionalTensor& residual) {
   static const auto op = operator_handle("resnorm::linear", &linear);

@@ -6,13 +6,10 @@
 // themselves. On the CPU without grad it is oneDNN or ATen, as linear_backend.h says.
 #pragma once
 
+#include "activation.h"
 #include "checks.h"
 
 namespace resnorm {
-
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
-
-Activation parse_activation(c10::string_view name);
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
               const OptionalTensor& residual);

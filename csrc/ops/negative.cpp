@@ -16,7 +16,7 @@ void refuse_negative(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/
 }  // namespace
 
 TORCH_LIBRARY_IMPL(resnorm, Negative, m) {
-  for (const char* name : {"layer_norm_out", "residual_add_out", "add_layer_norm_out"}) {
+  for (const char* name : {"layer_norm_out", "residual_add_out", "add_layer_norm_out", "bias_activation_out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_negative>());
   }
 }

@@ -12,12 +12,6 @@ namespace resnorm {
 
 namespace {
 
-// The last dimension makes up a row; a zero-dimensional tensor is one row of one element.
-c10::SymIntArrayRef row_shape(const Tensor& tensor) {
-  const auto sizes = tensor.sym_sizes();
-  return sizes.slice(sizes.empty() ? 0 : sizes.size() - 1);
-}
-
 // What add_layer_norm's input_bias, whose backward pass this is too, must have: as many of the last dimensions as it
 // has.
 c10::SymIntArrayRef trailing_shape(const Tensor& tensor, const OptionalTensor& input_bias) {

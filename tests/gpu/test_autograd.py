@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from operators.cases import ADD_LAYER_NORM, CASES, FULL_CASES, Case, require_grad
+from operators.cases import ADD_LAYER_NORM, FULL_NORM_CASES, NORM_CASES, Case, require_grad
 from operators.exactness import incoming_gradients
 from operators.test_registration import inner_samples, operator, samples
 from torch.autograd import gradcheck, gradgradcheck
@@ -30,7 +30,7 @@ def inputs_and_functions(case: Case, shape):
     return tuple(inputs.values()), function(case.ours), function(case.reference)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
 def test_gradcheck_and_gradgradcheck(case):
     tensors, ours, _ = inputs_and_functions(case, (3, 5))
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -38,7 +38,7 @@ def test_gradcheck_and_gradgradcheck(case):
     assert gradgradcheck(ours, leaves)
 
 
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_transforms(case):
     tensors, ours, formula = inputs_and_functions(case, (3, 6))
     every = tuple(range(len(tensors)))
@@ -62,7 +62,7 @@ def test_transforms(case):
 
 
 @pytest.mark.parametrize("cols", [21, 768, 140000])
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_each_subset_of_tensors_that_require_grad(case, cols):
     inputs = to_device(case.make_inputs((6, cols)))
     grads = to_device(incoming_gradients(case, inputs))
@@ -91,7 +91,7 @@ def test_outputs_that_nobody_uses(case, used):
 
 @pytest.mark.parametrize("shape", [(40_001, 64), (4097, 768), (601, 1001), (500, 8192), (150, 20480), (40, 65536)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_bits_repeat(case, dtype, shape):
     """Whatever else the GPU does meanwhile, and wherever in memory the tensors lie."""
     inputs = to_device(case.make_inputs(shape, dtype))
@@ -105,7 +105,7 @@ def test_bits_repeat(case, dtype, shape):
         assert all(torch.equal(a, b) for a, b in zip(first, [*results, *gradients.values()], strict=True))
 
 
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_deterministic_algorithms_may_be_asked_for(case):
     inputs = to_device(case.make_inputs((64, 768)))
     grads = to_device(incoming_gradients(case, inputs))
@@ -145,7 +145,7 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
-    @pytest.mark.parametrize("case", FULL_CASES, ids=str)
+    @pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
     def test_forward_and_backward_of_any_number_of_rows(self, case):
         """By Inductor, with work around the operator, so that there is something to fuse it with."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators.cases import ADD_LAYER_NORM, FULL_CASES
+from operators.cases import ADD_LAYER_NORM, FULL_NORM_CASES
 from operators.exactness import check_gradients, check_results, incoming_gradients
 from operators.layouts import lay_out
 
@@ -14,7 +14,7 @@ from .device import ONE_OF_EACH, results_and_gradients, seed_at, to_cpu, to_devi
 pytestmark = pytest.mark.cuda
 
 F32, BF16 = torch.float32, torch.bfloat16
-CASES = [*FULL_CASES, ADD_LAYER_NORM[4]]  # the last with neither dropout nor input bias
+CASES = [*FULL_NORM_CASES, ADD_LAYER_NORM[4]]  # the last with neither dropout nor input bias
 TYPES = {  # the input's, and the stream's and parameters'
     "float32": (F32, F32, "contiguous"),
     "bfloat16": (BF16, BF16, "contiguous"),

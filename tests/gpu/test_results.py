@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators.cases import CASES, DTYPES, FULL_CASES, HALVES, Case, eps_of
+from operators.cases import DTYPES, FULL_NORM_CASES, HALVES, NORM_CASES, Case, eps_of
 from operators.exactness import check_gradients, check_results, incoming_gradients
 from operators.layouts import LAYOUTS, WRITABLE_LAYOUTS, empty, lay_out
 
@@ -57,21 +57,21 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, roundings: float) 
 
 @pytest.mark.parametrize("cols", ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
 def test_options(case, dtype, cols):
     check(case, case.make_inputs((5 if cols < 10_000 else 2, cols), dtype))
 
 
 @pytest.mark.parametrize("cols", [cols for cols in COLUMNS if cols not in ONE_OF_EACH])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_row_lengths(case, dtype, cols):
     check(case, case.make_inputs((3, cols), dtype))
 
 
 @pytest.mark.parametrize("shape", [(70_001, 8), (70_000, 2, 5), (5003, 64), (5003, 256), (2500, 768), (601, 1001)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_more_rows_than_are_at_work_at_once(case, dtype, shape):
     """And than the grid's second dimension may have."""
     check(case, case.make_inputs(shape, dtype))
@@ -80,7 +80,7 @@ def test_more_rows_than_are_at_work_at_once(case, dtype, shape):
 @pytest.mark.parametrize("shape", [(300, 8192), (150, 20480), (40, 65536)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_more_long_rows_than_blocks_or_clusters(dtype, shape):
-    check(FULL_CASES[-1], FULL_CASES[-1].make_inputs(shape, dtype))
+    check(FULL_NORM_CASES[-1], FULL_NORM_CASES[-1].make_inputs(shape, dtype))
 
 
 MIXES = [
@@ -108,7 +108,7 @@ MIXES = [
 
 @pytest.mark.parametrize("cols", [33, 768, 1001, 4096, 20001, 140000])
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "/".join(str(dtype)[6:] for dtype in mix.values()))
-@pytest.mark.parametrize("case", FULL_CASES[1:], ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES[1:], ids=str)
 def test_mixed_dtypes(case, mix, cols):
     dtypes = dict(mix)
     residual_dtype = dtypes.pop("residual_dtype")
@@ -118,7 +118,7 @@ def test_mixed_dtypes(case, mix, cols):
 @pytest.mark.parametrize("cols", [37, 768, 4100])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_layouts(case, layout, dtype, cols):
     """Of all operands, and of one beside contiguous ones."""
     inputs = case.make_inputs((2, 3, cols), dtype)
@@ -132,7 +132,7 @@ def test_layouts(case, layout, dtype, cols):
 @pytest.mark.parametrize("cols", [37, 768, 4100, 140000])
 @pytest.mark.parametrize("layout", WRITABLE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_out_receives_the_same_bits_and_nothing_around_it_is_written(case, dtype, layout, cols):
     inputs = to_device(case.make_inputs((2, 2, cols), dtype))
     seed = seed_at(inputs)
@@ -151,7 +151,7 @@ def test_out_receives_the_same_bits_and_nothing_around_it_is_written(case, dtype
 @pytest.mark.parametrize("layout", ["contiguous", "offset", "row strided", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("targets", [("input", "residual"), ("residual", "input")], ids="/".join)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_in_place(case, targets, dtype, layout, cols):
     if not case.adds and targets[0] == "residual":
         pytest.skip("layer_norm has no residual")
@@ -167,7 +167,7 @@ def test_in_place(case, targets, dtype, layout, cols):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 1), (0, 768), (2, 0, 768), (0, 20480), (3, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_no_rows_or_no_columns(case, shape, dtype):
     inputs = to_device(case.make_inputs(shape, dtype))
     grads = to_device(incoming_gradients(case, inputs))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operators.cases import FULL_CASES, require_grad
+from operators.cases import FULL_NORM_CASES, require_grad
 from operators.exactness import incoming_gradients
 
 from resnorm_ext.functional import add_layer_norm, layer_norm
@@ -39,7 +39,7 @@ def step(case, leaves, grads, seed) -> Callable[[], list]:
 
 class TestGraphs:
     @pytest.mark.parametrize("cols", [33, 768, 1001, 4096, 20480, 140000])
-    @pytest.mark.parametrize("case", FULL_CASES, ids=str)
+    @pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
     def test_replays_compute_from_what_is_in_the_inputs_now(self, case, cols):
         inputs = to_device(case.make_inputs((5, cols)))
         grads = to_device(incoming_gradients(case, inputs))
@@ -52,7 +52,7 @@ class TestGraphs:
             expected = step(case, require_grad(new), grads, seed_at(new))()
             assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
-    @pytest.mark.parametrize("case", FULL_CASES[1:], ids=str)
+    @pytest.mark.parametrize("case", FULL_NORM_CASES[1:], ids=str)
     def test_each_replay_draws_a_seed_and_the_backward_keeps_to_it(self, case):
         leaves = require_grad(to_device(case.make_inputs((64, 768))))
         zeros, ones = (torch.full((64, 768), value, device=DEVICE) for value in (0.0, 1.0))
@@ -71,7 +71,7 @@ class TestGraphs:
 
     def test_two_graphs_at_once(self):
         """They share no workspace."""
-        case = FULL_CASES[-1]
+        case = FULL_NORM_CASES[-1]
         inputs = [to_device(case.make_inputs((4096, 1024), seed=seed)) for seed in (1, 2)]
         grads = to_device(incoming_gradients(case, inputs[0]))
         steps = [step(case, require_grad(each), grads, seed_at(each)) for each in inputs]
@@ -89,7 +89,7 @@ class TestGraphs:
 
 
 @pytest.mark.parametrize("cols", [768, 1001, 20480, 140000])
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_kernels_run_on_the_current_stream(case, cols):
     """After what is late there: on another stream they would find zeros."""
     inputs = to_device(case.make_inputs((16, cols)))
@@ -109,7 +109,7 @@ def test_kernels_run_on_the_current_stream(case, cols):
 def test_kernels_run_on_their_tensors_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    for case in FULL_CASES:
+    for case in FULL_NORM_CASES:
         for cols in (768, 20480, 140000):
             inputs = case.make_inputs((5, cols))
             grads = incoming_gradients(case, inputs)
@@ -125,7 +125,7 @@ def test_kernels_run_on_their_tensors_device():
 
 @pytest.mark.parametrize("cols", [33, 768, 1001, 4096, 20480, 140000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+@pytest.mark.parametrize("case", FULL_NORM_CASES, ids=str)
 def test_a_forward_into_given_tensors_allocates_nothing(case, dtype, cols):
     inputs = to_device(case.make_inputs((64, cols), dtype))
     seed = seed_at(inputs)

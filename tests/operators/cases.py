@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The norm operators and their options, as one table that the tests are parametrised over.
+"""The norm operators, bias_activation and their options, as one table that the tests are parametrised over.
 
 A case knows how to make its inputs, how to call the operator and how to call the formula of ``resnorm_ext.reference``.
 """
@@ -7,14 +7,17 @@ A case knows how to make its inputs, how to call the operator and how to call th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnorm_ext import functional, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
+TORCH_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 
 Inputs = dict[str, Tensor]
@@ -26,22 +29,31 @@ class Case:
     optional: tuple[str, ...] = ()  # which of weight, bias, input_bias are there
     dropout_p: float = 0.0
     prenorm: bool = False
+    activation: str | None = None
 
     def __str__(self) -> str:
         dropout = ["dropout"] if self.dropout_p else []
-        return "-".join([self.operator, *self.optional, *dropout, *(["prenorm"] if self.prenorm else [])])
+        activation = [self.activation] if self.activates else []
+        prenorm = ["prenorm"] if self.prenorm else []
+        return "-".join([self.operator, *activation, *self.optional, *dropout, *prenorm])
 
     @property
     def normalizes(self) -> bool:
-        return self.operator != "residual_add"
+        return self.operator in ("layer_norm", "add_layer_norm")
 
     @property
     def adds(self) -> bool:
-        return self.operator != "layer_norm"
+        return self.operator in ("residual_add", "add_layer_norm")
+
+    @property
+    def activates(self) -> bool:
+        return self.operator == "bias_activation"
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        return {"layer_norm": ("y",), "residual_add": ("s",)}.get(self.operator, ("y", "s") if self.prenorm else ("y",))
+        if self.operator == "residual_add":
+            return ("s",)
+        return ("y", "s") if self.prenorm else ("y",)
 
     def make_inputs(
         self,
@@ -71,7 +83,7 @@ class Case:
             options |= {"dropout_p": self.dropout_p, "training": True, "seed": seed}
         if self.operator == "add_layer_norm":
             options |= {"prenorm": self.prenorm}
-        options |= self._normalized_shape(inputs, normalized_dims)
+        options |= self._fixed_options(inputs, normalized_dims)
         result = getattr(functional, self.operator)(**inputs, **options)
         return result if isinstance(result, tuple) else (result,)
 
@@ -81,11 +93,14 @@ class Case:
         """What ``ours`` should give, in the dtype of ``inputs``."""
         if self.adds:
             options |= {"dropout_p": self.dropout_p, "seed": seed}
-        options |= self._normalized_shape(inputs, normalized_dims)
+        options |= self._fixed_options(inputs, normalized_dims)
         result = getattr(reference, self.operator)(**inputs, **options)
         return result[: len(self.outputs)] if isinstance(result, tuple) else (result,)
 
-    def _normalized_shape(self, inputs: Inputs, normalized_dims: int) -> dict:
+    def _fixed_options(self, inputs: Inputs, normalized_dims: int) -> dict:
+        """Those that operator and formula have in common."""
+        if self.activates:
+            return {"activation": self.activation}
         if not self.normalizes:
             return {}
         return {"normalized_shape": inputs["input"].shape[inputs["input"].dim() - normalized_dims :]}
@@ -108,9 +123,16 @@ ADD_LAYER_NORM = [
         (("weight", "bias", "input_bias"), 0.3, True),
     ]
 ]
-CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM
+BIAS_ACTIVATION = [
+    Case("bias_activation", optional, activation=activation)
+    for optional in [(), ("bias",)]
+    for activation in ("relu", "gelu_tanh", "gelu")
+]
+NORM_CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM
+CASES = NORM_CASES + BIAS_ACTIVATION
 # One case for each operator, with all that it takes.
-FULL_CASES = [LAYER_NORM[-1], RESIDUAL_ADD[-1], ADD_LAYER_NORM[-1]]
+FULL_NORM_CASES = [LAYER_NORM[-1], RESIDUAL_ADD[-1], ADD_LAYER_NORM[-1]]
+FULL_CASES = [*FULL_NORM_CASES, BIAS_ACTIVATION[-1]]
 
 
 def to_double(inputs: Inputs) -> Inputs:

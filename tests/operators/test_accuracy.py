@@ -13,12 +13,24 @@ from torch.nn.functional import layer_norm as torch_layer_norm
 
 from resnorm_ext.functional import add_layer_norm, layer_norm
 
-from .cases import ADD_LAYER_NORM, FULL_CASES, HALVES, LAYER_NORM, RESIDUAL_ADD, Case, eps_of, require_grad, to_double
+from .cases import (
+    ADD_LAYER_NORM,
+    BIAS_ACTIVATION,
+    FULL_CASES,
+    HALVES,
+    LAYER_NORM,
+    RESIDUAL_ADD,
+    TORCH_ACTIVATIONS,
+    Case,
+    eps_of,
+    require_grad,
+    to_double,
+)
 
 SEEDS = 100
 SHAPES = [(4, 768), (16, 37), (2, 3001), (257, 64)]
 TYPES = [torch.float32, *HALVES]
-WITHOUT_DROPOUT = [LAYER_NORM[-1], RESIDUAL_ADD[2], ADD_LAYER_NORM[4]]
+WITHOUT_DROPOUT = [LAYER_NORM[-1], RESIDUAL_ADD[2], ADD_LAYER_NORM[4], BIAS_ACTIVATION[-1]]
 assert not any(case.dropout_p for case in WITHOUT_DROPOUT)
 
 Results = dict[str, Tensor]
@@ -36,6 +48,8 @@ def one_thread():
 def torchs(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """What people write with PyTorch's operators; in float64, the truth."""
     s = inputs["input"]
+    if case.activates:
+        return (TORCH_ACTIVATIONS[case.activation](s + inputs["bias"]),)
     if case.adds:
         s = inputs["residual"] + (s + inputs["input_bias"] if "input_bias" in inputs else s)
     if not case.normalizes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CPU autocast leaves the norm operators alone, as it does torch's layer_norm and addition."""
+"""CPU autocast leaves the operators alone, as it does torch's layer_norm, addition and gelu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from resnorm_ext.functional import add_layer_norm, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
 
 from .cases import DTYPES, FULL_CASES, HALVES, require_grad
 
@@ -36,6 +36,16 @@ def test_residual_add_and_the_sum_are_torchs_addition(autocast, residual, dtype)
         assert residual_add(input, residual).dtype == expected.dtype
         y, s = add_layer_norm(input, residual, (8,), prenorm=True)
     assert (y.dtype, s.dtype) == (dtype, expected.dtype)
+
+
+@pytest.mark.parametrize("autocast", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_as_torchs(autocast, dtype):
+    input = torch.randn(3, 8).to(dtype)
+    with torch.autocast("cpu", autocast):
+        expected, output = torch.nn.functional.gelu(input), bias_activation(input)
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)

@@ -11,7 +11,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from resnorm_ext import reference
 from resnorm_ext._extension import ensure_loaded
 
-from .cases import CASES, DTYPES, SEED, Case, Inputs, eps_of
+from .cases import BIAS_ACTIVATION, CASES, DTYPES, SEED, Case, Inputs, eps_of
 
 DEVICE_WITHOUT_KERNELS = DispatchKeySet(DispatchKey.PrivateUse1)
 
@@ -35,6 +35,8 @@ def arguments(case: Case, inputs: Inputs, residual_dtype: torch.dtype | None = N
         arguments |= {"dropout_p": case.dropout_p, "seed": SEED, "residual_dtype": residual_dtype}
     if case.operator == "add_layer_norm":
         arguments |= {"prenorm": case.prenorm}
+    if case.activates:
+        arguments |= {"activation": case.activation}
     return arguments
 
 
@@ -59,13 +61,15 @@ def test_forward(case, dtype):
             assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.adds], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.adds or case.activates], ids=str)
 def test_out(case):
     inputs = case.make_inputs((5, 40))
     call = arguments(case, inputs)
     results = as_tuple(composite(case.operator, **call))[: len(case.outputs)]
     outs = {name: inputs[target] for name, target in zip(("output", "sum"), ("input", "residual")[: len(results)])}
-    optional = dict.fromkeys(["input_bias"] + ["weight", "bias", "sum"] * case.normalizes)
+    optional = dict.fromkeys(["input_bias"] * case.adds + ["weight", "sum"] * case.normalizes)
+    if not case.operator == "residual_add":
+        optional |= {"bias": None}
     call = {"eps": 1e-5, **optional, **call, **outs}
     if not case.normalizes:
         call.pop("eps")
@@ -102,6 +106,17 @@ def test_layer_norm_backward(dtype, affine):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", BIAS_ACTIVATION, ids=str)
+def test_bias_activation_backward(case, dtype):
+    input, grad = torch.randn(2, 6, 40, dtype=torch.float64).to(dtype)
+    bias = torch.randn(40).to(dtype) if case.optional else None
+    call = (grad, input, bias, case.activation, [True, bias is not None])
+    results = composite("_bias_activation_backward", *call)
+    for actual, expected in zip(results, native("_bias_activation_backward", *call), strict=True):
+        assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)
 def test_add_layer_norm_forward_and_backward(dtypes, residual_dtype):
@@ -133,6 +148,8 @@ def test_results_alias_nothing_and_have_the_strides_that_were_promised(dtype):
         "_layer_norm_backward": (grad[0], x[0], [8], weight, bias, mean[0], rstd[0], 1e-5, [True] * 3),
         "residual_add": (x, r, None, 0.0, None, None),
         "_residual_add_backward": (grad, None, 0.0, None, dtype, [True, False]),
+        "bias_activation": (x, None, "relu"),
+        "_bias_activation_backward": (grad, x, None, "relu", [True, False]),
         "add_layer_norm": (x, r, [8], None, None, 1e-5, None, 0.0, None, True, None),
         "_add_layer_norm_backward": (
             *(grad, None, x, [8], weight, bias, bias, mean, rstd, 1e-5, 0.0, None, dtype, [True] * 5),

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from resnorm_ext.functional import add_layer_norm, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
 
 from .cases import DTYPES, HALVES, SEED
 
@@ -61,6 +61,7 @@ def test_parameters_are_of_the_inputs_dtype_or_float32_beside_a_half_precision_i
         lambda: add_layer_norm(x, x, (8,), None, vector),
         lambda: add_layer_norm(x, x, (8,), input_bias=vector),
         lambda: residual_add(x, x, vector),
+        lambda: bias_activation(x, vector),
     ]
     fits = parameter == dtype or (dtype in HALVES and parameter == F32)
     if fits:

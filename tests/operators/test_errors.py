@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnorm_ext import functional
-from resnorm_ext.functional import add_layer_norm, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
 
 from .cases import SEED
 
@@ -68,6 +68,7 @@ def test_parameter_shapes(shape):
     check(lambda: F.layer_norm(X, (8,), V, wrong), norms(X, R, (8,), V, wrong), "bias", *words)
     calls = [lambda: add_layer_norm(X, R, (8,), input_bias=wrong), lambda: residual_add(X, R, wrong)]
     check(lambda: F.layer_norm(X, (8,), V, wrong), calls, "input_bias", *words)
+    check(lambda: F.layer_norm(X, (8,), V, wrong), [lambda: bias_activation(X, wrong)], "bias", *words)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (3, 8), (2, 1, 8), (8,), (1,), (1, 2, 3, 8)], ids=str)
@@ -84,6 +85,7 @@ def test_input_that_is_not_floating_point(dtype):
     torchs = lambda: F.layer_norm(wrong, (8,))  # noqa: E731
     check(torchs, norms(wrong, wrong), "expected float32, float64, bfloat16 or float16")
     calls = [lambda: residual_add(wrong, wrong), lambda: residual_add(X, wrong), lambda: add_layer_norm(X, wrong, (8,))]
+    calls += [lambda: bias_activation(wrong)]
     check(torchs, calls, "expected float32, float64, bfloat16 or float16", "but got")
 
 
@@ -109,10 +111,19 @@ def test_devices():
         lambda: add_layer_norm(X, R, (8,), input_bias=away["V"]),
         lambda: residual_add(X, R, dropout_p=0.5, training=True, seed=SEED.to("meta")),
         lambda: residual_add(X, R, out=away["X"]),
+        lambda: bias_activation(X, away["V"]),
+        lambda: bias_activation(X, out=away["X"]),
         lambda: layer_norm(X, (8,), out=away["X"]),
         lambda: add_layer_norm(X, R, (8,), prenorm=True, out=(torch.empty_like(X), away["X"])),
     ]
     check(lambda: torch.add(X, away["X"]), calls, *words)
+
+
+@pytest.mark.parametrize("activation", ["none", "elu", "GELU", ""])
+def test_activation_that_is_none_of_ours(activation):
+    for call in (lambda: bias_activation(X, V, activation), lambda: bias_activation(X, V, activation, out=X.clone())):
+        error = error_of(call)
+        assert type(error) is ValueError and "expected" in str(error).lower() and f"but got {activation}" in str(error)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0001, float("nan"), float("inf")])
@@ -179,6 +190,7 @@ class TestOut:
         return [
             lambda: layer_norm(X, (8,), out=out),
             lambda: residual_add(X, R, out=out),
+            lambda: bias_activation(X, out=out),
             lambda: add_layer_norm(X, R, (8,), out=out),
             lambda: add_layer_norm(X, R, (8,), prenorm=True, out=(torch.empty_like(X), out)),
         ]
@@ -251,7 +263,9 @@ RESIDUAL_ADD |= {"output_mask": [True] * 2}
 ADD_LAYER_NORM = {"grad_output": X, "grad_sum": X, "sum": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
 ADD_LAYER_NORM |= {"input_bias": BIAS, "mean": MEAN, "rstd": MEAN, "eps": 1e-5, "dropout_p": 0.0, "seed": None}
 ADD_LAYER_NORM |= {"residual_dtype": torch.float32, "output_mask": [True] * 5}
+BIAS_ACTIVATION = {"grad_output": X, "input": X, "bias": BIAS, "activation": "gelu", "output_mask": [True] * 2}
 BACKWARD = {"_layer_norm": LAYER_NORM, "_residual_add": RESIDUAL_ADD, "_add_layer_norm": ADD_LAYER_NORM}
+BACKWARD |= {"_bias_activation": BIAS_ACTIVATION}
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["kernel", "formula"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from resnorm_ext.functional import add_layer_norm, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
 
 from .cases import CASES, FULL_CASES, Case, require_grad
 
@@ -87,6 +87,7 @@ def test_no_memory_is_allocated_for_results():
     calls = [
         lambda: layer_norm(input, (768,), weight, bias, out=y),
         lambda: residual_add(input, residual, out=residual),
+        lambda: bias_activation(input, bias, out=input),
         lambda: add_layer_norm(input, residual, (768,), weight, bias, prenorm=True, out=(y, residual)),
     ]
     for call in calls:
@@ -112,6 +113,7 @@ class TestOverlap:
         fresh = torch.empty(5, 8)
         return [
             lambda: layer_norm(input, (8,), out=out),
+            lambda: bias_activation(input, out=out),
             lambda: residual_add(input, residual, out=out),
             lambda: residual_add(residual, input, out=out),
             lambda: add_layer_norm(input, residual, (8,), out=out),
@@ -191,3 +193,8 @@ class TestOverlap:
         out = torch.randn(5, 8)
         with pytest.raises(RuntimeError, match="memory location"):
             add_layer_norm(torch.randn(5, 8), torch.randn(5, 8), (8,), **{name: out[2]}, out=out)
+
+    def test_the_bias_of_an_activation_in_the_result(self):
+        out = torch.randn(5, 8)
+        with pytest.raises(RuntimeError, match="memory location"):
+            bias_activation(torch.randn(5, 8), out[2], out=out)

@@ -8,6 +8,8 @@ import torch
 
 from resnorm_ext import reference
 
+from .cases import TORCH_ACTIVATIONS
+
 # Known answers of Philox-4x32-10 from Random123, the package of its authors (Salmon et al. 2011). Its upper two counter
 # words are zero here, so only the vectors with that counter apply.
 PHILOX_KNOWN_ANSWER = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -20,6 +22,15 @@ def test_layer_norm_is_torchs(affine, normalized_shape):
     parameters = [torch.randn(normalized_shape, dtype=torch.float64) if affine else None for _ in range(2)]
     expected = torch.nn.functional.layer_norm(input, normalized_shape, *parameters, eps=1e-3)
     torch.testing.assert_close(reference.layer_norm(input, normalized_shape, *parameters, eps=1e-3), expected)
+
+
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_activations_are_torchs(activation):
+    input, bias = torch.randn(50, 7, dtype=torch.float64) * 4, torch.randn(7, dtype=torch.float64)
+    expected = TORCH_ACTIVATIONS[activation](input + bias)
+    torch.testing.assert_close(reference.bias_activation(input, bias, activation), expected)
+    with pytest.raises(ValueError, match="gelu_tanh, but got elu"):
+        reference.bias_activation(input, bias, "elu")
 
 
 @pytest.mark.smoke

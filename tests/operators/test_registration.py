@@ -36,6 +36,8 @@ def samples(requires_grad: bool) -> dict[str, tuple]:
         "residual_add ": (x, r),
         "add_layer_norm": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, True, torch.float64),
         "add_layer_norm ": (x, r, ROW),
+        "bias_activation": (x, bias, "gelu_tanh"),
+        "bias_activation ": (x,),
     }
 
 
@@ -50,6 +52,9 @@ def inner_samples() -> dict[str, tuple]:
         "residual_add_out": (x, r, input_bias, 0.3, SEED, None, s),
         "add_layer_norm_out": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None, y, s),
         "add_layer_norm_out ": (x, r, ROW, None, None, 1e-5, None, 0.0, None, None, y, None),
+        "bias_activation_out": (x, bias, "relu", y),
+        "_bias_activation_backward": (y, x, bias, "gelu", [True, True]),
+        "_bias_activation_backward ": (half, half, None, "relu", [True, False]),
         "_layer_norm_forward": (x, ROW, weight, bias, 1e-5),
         "_layer_norm_forward ": (half, ROW, None, None, 1e-5),
         "_add_layer_norm_forward": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None),
@@ -105,8 +110,8 @@ def test_every_operator_has_its_samples_here():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("resnorm::")
     }
-    norms = {name for name in registered if "layer_norm" in name or "residual_add" in name}
-    assert norms == {name.strip() for name in [*samples(False), *inner_samples()]}
+    here = {name for name in registered if any(kind in name for kind in ("layer_norm", "residual_add", "bias_"))}
+    assert here == {name.strip() for name in [*samples(False), *inner_samples()]}
 
 
 @pytest.mark.smoke

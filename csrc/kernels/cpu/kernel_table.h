@@ -4,6 +4,7 @@
 #pragma once
 
 #include "add_layer_norm.h"
+#include "bias_activation.h"
 #include "kernels.h"
 #include "layer_norm.h"
 #include "packed_attention.h"
@@ -24,6 +25,8 @@ const KernelTable kernel_table = {
     .residual_add_forward = residual_add_forward,
     .residual_add_backward = residual_add_backward,
     .packed_attention = packed_attention,
+    .bias_activation_forward = bias_activation_forward,
+    .bias_activation_backward = bias_activation_backward,
 };
 
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -24,6 +24,8 @@ struct KernelTable {
   void (*residual_add_forward)(const ResidualAddForward&, ParallelFor);
   void (*residual_add_backward)(const ResidualAddBackward&, ParallelFor);
   void (*packed_attention)(const PackedAttention&, ParallelFor);
+  void (*bias_activation_forward)(const BiasActivationForward&, ParallelFor);
+  void (*bias_activation_backward)(const BiasActivationBackward&, ParallelFor);
 };
 
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks

@@ -43,30 +43,36 @@ void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void*
   at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-Dropout CpuKernels::dropout(double p, const std::optional<at::Tensor>& seed) const {
+Dropout CpuKernels::dropout(double p, const std::optional<at::Tensor>& seed) {
   const auto threshold = dropout_threshold(p);
   if (threshold == 0) return {};
   return {threshold, dropout_scale(threshold), static_cast<std::uint64_t>(seed->item<int64_t>())};
 }
 
-void CpuKernels::run(const LayerNormForward& a) const { cpu_kernels().layer_norm_forward(a, parallel_for); }
+void CpuKernels::run(const LayerNormForward& a) { cpu_kernels().layer_norm_forward(a, parallel_for); }
 
-void CpuKernels::run(const LayerNormBackward& a) const {
+void CpuKernels::run(const LayerNormBackward& a) {
   run_backward(cpu_kernels().layer_norm_backward, a, {a.grad_weight, a.grad_bias},
                {a.input.dtype, a.grad_output.dtype});
 }
 
-void CpuKernels::run(const AddLayerNormForward& a) const { cpu_kernels().add_layer_norm_forward(a, parallel_for); }
+void CpuKernels::run(const AddLayerNormForward& a) { cpu_kernels().add_layer_norm_forward(a, parallel_for); }
 
-void CpuKernels::run(const AddLayerNormBackward& a) const {
+void CpuKernels::run(const AddLayerNormBackward& a) {
   run_backward(cpu_kernels().add_layer_norm_backward, a, {a.grad_weight, a.grad_bias, a.grad_input_bias},
                {a.sum.dtype, a.grad_output.dtype});
 }
 
-void CpuKernels::run(const ResidualAddForward& a) const { cpu_kernels().residual_add_forward(a, parallel_for); }
+void CpuKernels::run(const ResidualAddForward& a) { cpu_kernels().residual_add_forward(a, parallel_for); }
 
-void CpuKernels::run(const ResidualAddBackward& a) const {
+void CpuKernels::run(const ResidualAddBackward& a) {
   run_backward(cpu_kernels().residual_add_backward, a, {a.grad_input_bias}, {a.grad_output.dtype, a.grad_input.dtype});
+}
+
+void CpuKernels::run(const BiasActivationForward& a) { cpu_kernels().bias_activation_forward(a, parallel_for); }
+
+void CpuKernels::run(const BiasActivationBackward& a) {
+  run_backward(cpu_kernels().bias_activation_backward, a, {a.grad_bias}, {});
 }
 
 }  // namespace resnorm

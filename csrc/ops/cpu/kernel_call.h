@@ -21,15 +21,17 @@ class CpuKernels {
  public:
   CpuKernels(const char*, const at::Tensor&) {}
 
-  Dropout dropout(double p, const std::optional<at::Tensor>& seed) const;
+  static Dropout dropout(double p, const std::optional<at::Tensor>& seed);
 
   // A backward pass has its workspace from here.
-  void run(const LayerNormForward& arguments) const;
-  void run(const LayerNormBackward& arguments) const;
-  void run(const AddLayerNormForward& arguments) const;
-  void run(const AddLayerNormBackward& arguments) const;
-  void run(const ResidualAddForward& arguments) const;
-  void run(const ResidualAddBackward& arguments) const;
+  static void run(const LayerNormForward& arguments);
+  static void run(const LayerNormBackward& arguments);
+  static void run(const AddLayerNormForward& arguments);
+  static void run(const AddLayerNormBackward& arguments);
+  static void run(const ResidualAddForward& arguments);
+  static void run(const ResidualAddBackward& arguments);
+  static void run(const BiasActivationForward& arguments);
+  static void run(const BiasActivationBackward& arguments);
 };
 
 }  // namespace resnorm

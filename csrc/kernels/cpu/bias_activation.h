@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// output = activation(input + bias), and its backward pass: grad_input = grad_output * activation'(input + bias).
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+#include "column_sums.h"
+#include "parallel.h"
+#include "row_buffer.h"
+
+namespace resnorm::cpu::RESNORM_ISA {
+namespace {
+
+template <class Activate, class T>
+void bias_activation_rows(const BiasActivationForward& a, std::int64_t begin, std::int64_t end) {
+  using V = Vec<float>;
+  RowBuffers buffers;
+  const RowReader<T> input(a.input, a.cols, buffers);
+  const RowWriter<T> output(a.output, a.cols, buffers);
+  const float* bias = vector_or(a.bias, 0.0F, a.cols, buffers);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* from = input.row(row);
+    T* to = output.row(row);
+    for_each_vector<float, 4>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+      Activate::value(V::load(from + i, lanes) + V::load(bias + i, lanes)).store(to + i, lanes);
+    });
+    output.commit(row);
+  }
+}
+
+template <class T>
+struct BiasActivationBackwardRow {
+  const T *grad_output, *input;
+  T* grad_input;
+};
+
+template <class Activate, class T>
+RESNORM_INLINE void bias_activation_backward_group(const BiasActivationBackwardRow<T> (&rows)[kRowsPerGroup],
+                                                   std::int64_t cols, const float* bias, float* sums) {
+  using V = Vec<float>;
+  for_each_vector<float, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    const V b = V::load(bias + i, lanes);
+    V sum = {};
+    unrolled<kRowsPerGroup>([&](auto k) RESNORM_INLINE_LAMBDA {
+      const V derivative = Activate::derivative(V::load(rows[k].input + i, lanes) + b);
+      const V grad = V::load(rows[k].grad_output + i, lanes) * derivative;
+      grad.store(rows[k].grad_input + i, lanes);
+      sum = k == 0 ? grad : sum + grad;
+    });
+    (V::load(sums + i, lanes) + sum).store(sums + i, lanes);
+  });
+}
+
+template <class Activate, class T>
+void bias_activation_backward_as(const BiasActivationBackward& a, ParallelFor parallel_for) {
+  const ColumnSums<float, 1> column_sums({a.grad_bias}, a.rows, a.cols, a.workspace);
+  parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
+    RowBuffers buffers;
+    const RowReader<T> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
+    const RowReader<T> input(a.input, a.cols, buffers, kRowsPerGroup), zeros({}, a.cols, buffers);
+    const RowWriter<T> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup), discard({}, a.cols, buffers);
+    const float* bias = vector_or(a.bias, 0.0F, a.cols, buffers);
+    float* const sums[1] = {buffers.take<float>(a.cols)};
+    const auto batch = [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t row = first; row < last; row += kRowsPerGroup) {
+        BiasActivationBackwardRow<T> rows[kRowsPerGroup];
+        for (int k = 0; k < kRowsPerGroup; ++k) {
+          if (row + k < last) {
+            rows[k] = {grad_output.row(row + k, k), input.row(row + k, k), grad_input.row(row + k, k)};
+          } else {  // adds zero to the sum, or NaN where the bias makes every row's derivative NaN
+            rows[k] = {zeros.row(0), zeros.row(0), discard.row(0)};
+          }
+        }
+        bias_activation_backward_group<Activate>(rows, a.cols, bias, sums[0]);
+        for (int k = 0; k < kRowsPerGroup && row + k < last; ++k) grad_input.commit(row + k, k);
+      }
+    };
+    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+  });
+  column_sums.finish(parallel_for);
+}
+
+inline void bias_activation_forward(const BiasActivationForward& a, ParallelFor parallel_for) {
+  visit(a.activation, [&](auto tag) {
+    using Activate = typename decltype(tag)::Type;
+    auto* range = bias_activation_rows<Activate, float>;
+    if constexpr (kHasHalfLoops) {
+      if (all_are<BFloat16>(a.input, a.output)) range = bias_activation_rows<Activate, BFloat16>;
+      if (all_are<Float16>(a.input, a.output)) range = bias_activation_rows<Activate, Float16>;
+    }
+    parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
+  });
+}
+
+inline void bias_activation_backward(const BiasActivationBackward& a, ParallelFor parallel_for) {
+  visit(a.activation, [&](auto tag) {
+    using Activate = typename decltype(tag)::Type;
+    auto* run = bias_activation_backward_as<Activate, float>;
+    if constexpr (kHasHalfLoops) {
+      if (all_are<BFloat16>(a.grad_output, a.input, a.grad_input))
+        run = bias_activation_backward_as<Activate, BFloat16>;
+      if (all_are<Float16>(a.grad_output, a.input, a.grad_input)) run = bias_activation_backward_as<Activate, Float16>;
+    }
+    run(a, parallel_for);
+  });
+}
+
+}  // namespace
+}  // namespace resnorm::cpu::RESNORM_ISA
