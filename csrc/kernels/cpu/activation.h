@@ -27,11 +27,11 @@ RESNORM_INLINE Vec<float> bounded_negative(Vec<float> x) {
 RESNORM_INLINE Distribution normal_distribution(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kHalfLog2E = 0.72134752F, kReciprocalSqrt2Pi = 0.39894228F;
-  constexpr float kCoefficients[] = {0x1.0d81eap-22F, 0x1.afe9b6p-18F, 0x1.370b60p-14F, 0x1.0de35cp-11F,
-                                     0x1.419d40p-9F,  0x1.1f40ecp-7F,  0x1.9d1ee2p-6F,  0x1.f9ec42p-5F,
-                                     0x1.0fdde2p-3F,  0x1.ffecccp-3F,  0x1.9883cep-2F,  0x1.000000p-1F};
+  constexpr float kCoefficients[] = {0x1.afe9b6p-18F, 0x1.370b60p-14F, 0x1.0de35cp-11F, 0x1.419d40p-9F,
+                                     0x1.1f40ecp-7F,  0x1.9d1ee2p-6F,  0x1.f9ec42p-5F,  0x1.0fdde2p-3F,
+                                     0x1.ffecccp-3F,  0x1.9883cep-2F,  0x1.000000p-1F};
   const V negative = bounded_negative(x);
-  V polynomial = V::broadcast(0);
+  V polynomial = V::broadcast(0x1.0d81eap-22F);
   for (const float coefficient : kCoefficients) polynomial = fma(polynomial, negative, V::broadcast(coefficient));
   const V exponential = exp2(V::broadcast(-kHalfLog2E) * (x * x));
   const V tail = exponential * polynomial;
