@@ -91,7 +91,6 @@ struct Vec {
   friend RESNORM_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend RESNORM_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-  friend RESNORM_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   // b where either is NaN.
   friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // a where x <= 0; b where it is above, or NaN.
