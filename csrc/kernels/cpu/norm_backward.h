@@ -83,24 +83,24 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& ro
   for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
     const V w = V::load(weight + i, lanes);
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
-    V weight_sum = {}, bias_sum = {}, input_bias_sum = {};
+    V weight_sum = {}, bias_sum = {}, input_bias_sum = {}, grads[kRows], branches[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const V d = V::load(rows.sum[k] + i, lanes) - V::broadcast(rows.mean[k]);
       const V x = fma(d, V::broadcast(rows.rstd[k]), V::broadcast(terms[k].shift));
       const V grad_output = V::load(rows.grad_output[k] + i, lanes);
       weight_sum = k == 0 ? grad_output * x : fma(grad_output, x, weight_sum);
       bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
-      V grad = fma(grad_output * V::broadcast(rows.rstd[k]), w,
-                   fma(x, V::broadcast(terms[k].scale), V::broadcast(terms[k].offset)));
-      if constexpr (kHasGradSum) grad = grad + V::load(rows.grad_sum[k] + i, lanes);
-      put<kStream>(grad, rows.grad_residual[k] + i, lanes);
+      grads[k] = fma(grad_output * V::broadcast(rows.rstd[k]), w,
+                     fma(x, V::broadcast(terms[k].scale), V::broadcast(terms[k].offset)));
+      if constexpr (kHasGradSum) grads[k] = grads[k] + V::load(rows.grad_sum[k] + i, lanes);
       if constexpr (kHasBranch) {
         const V scale = V::broadcast(static_cast<Acc>(dropout.scale));
-        const V branch = (grad * scale).keep(rows.draws[k] + i, dropout.threshold);
-        put<kStream>(branch, rows.grad_input[k] + i, lanes);
-        input_bias_sum = k == 0 ? branch : input_bias_sum + branch;
+        branches[k] = (grads[k] * scale).keep(rows.draws[k] + i, dropout.threshold);
+        input_bias_sum = k == 0 ? branches[k] : input_bias_sum + branches[k];
       }
     });
+    put_rows<kStream>(grads, rows.grad_residual, i, lanes);
+    if constexpr (kHasBranch) put_rows<kStream>(branches, rows.grad_input, i, lanes);
     const auto add = [&](NormColumnSum which, V sum) RESNORM_INLINE_LAMBDA {
       (V::load(sums[which] + i, lanes) + sum).store(sums[which] + i, lanes);
     };
@@ -167,20 +167,20 @@ void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
     Acc* const sums[kNormColumnSums] = {buffers.take<Acc>(a.cols), buffers.take<Acc>(a.cols),
                                         buffers.take<Acc>(a.cols)};
-    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
-      const auto rows = [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
-        const auto group = operands.template group<count>(first);
-        NormBackwardTerms<Acc> terms[count];
-        norm_backward_sums(group, a.cols, weight, terms);
+    const auto rows = [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+      const auto group = operands.template group<count>(first);
+      NormBackwardTerms<Acc> terms[count];
+      norm_backward_sums(group, a.cols, weight, terms);
+      with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
         norm_backward_apply<kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms, operands.dropout, sums);
-        for (int k = 0; k < count; ++k) {
-          operands.grad_residual.commit(first + k, k);
-          operands.grad_input.commit(first + k, k);
-        }
-      };
-      const auto batch = [&](std::int64_t first, std::int64_t last) { for_each_group(first, last, rows); };
-      for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
-    });
+      });
+      for (int k = 0; k < count; ++k) {
+        operands.grad_residual.commit(first + k, k);
+        operands.grad_input.commit(first + k, k);
+      }
+    };
+    const auto batch = [&](std::int64_t first, std::int64_t last) { for_each_group(first, last, rows); };
+    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
     if (stream) stream_fence();
   });
   column_sums.finish(parallel_for);

@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
 
 #include "simd.h"
 #include "workspace.h"
@@ -13,48 +12,25 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-inline constexpr std::size_t kLineBytes = 64;
-
-// One task's buffers: on its stack while they fit, which rows of a usual size do.
+// One task's buffers: on its stack while they fit, which rows of a usual size do, else the thread's own.
 class RowBuffers {
  public:
   RowBuffers() = default;
   RowBuffers(const RowBuffers&) = delete;
   RowBuffers& operator=(const RowBuffers&) = delete;
 
-  ~RowBuffers() {
-    while (allocated_ != nullptr) {
-      Allocation* next = allocated_->next;
-      ::operator delete(allocated_, std::align_val_t{kAlignment});
-      allocated_ = next;
-    }
-  }
-
   template <class T>
   T* take(std::int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    if (bytes <= sizeof(stack_) - used_) {
-      void* taken = stack_ + used_;
-      used_ += bytes;
-      return static_cast<T*>(taken);
-    }
-    void* memory = ::operator new(kAlignment + bytes, std::align_val_t{kAlignment});
-    auto* allocation = static_cast<Allocation*>(memory);
-    allocation->next = allocated_;
-    allocated_ = allocation;
-    return reinterpret_cast<T*>(static_cast<unsigned char*>(memory) + kAlignment);
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kLineBytes - 1) / kLineBytes * kLineBytes;
+    if (bytes > sizeof(stack_) - used_) return static_cast<T*>(thread_buffer(thread_buffers_++, bytes));
+    void* taken = stack_ + used_;
+    used_ += bytes;
+    return static_cast<T*>(taken);
   }
 
  private:
-  static constexpr std::size_t kAlignment = kLineBytes;
-
-  struct Allocation {
-    Allocation* next;
-  };
-
-  alignas(kAlignment) unsigned char stack_[48 * 1024];
-  std::size_t used_ = 0;
-  Allocation* allocated_ = nullptr;
+  alignas(kLineBytes) unsigned char stack_[48 * 1024];
+  std::size_t used_ = 0, thread_buffers_ = 0;
 };
 
 template <class T>

@@ -38,9 +38,10 @@ RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& v
       unrolled<kRows>([&](auto k)
                           RESNORM_INLINE_LAMBDA { sums[k][slot] = sums[k][slot] + value(k, begin + i, lanes); });
     });
-    const auto count = static_cast<double>(size);
+    const double count = static_cast<double>(size), reciprocal_count = 1.0 / count;
     Acc means[kRows];
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { means[k] = static_cast<Acc>(total(sums[k]) / count); });
+    unrolled<kRows>([&](auto k)
+                        RESNORM_INLINE_LAMBDA { means[k] = static_cast<Acc>(total(sums[k]) * reciprocal_count); });
     V deviation_sums[kRows][kSlots] = {}, square_sums[kRows][kSlots] = {};
     for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
       prefetch(begin + i);
@@ -52,6 +53,7 @@ RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& v
     });
     const double share = count / static_cast<double>(begin + size);
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      // Divided: the delta of a constant row is exact.
       const double delta = total(deviation_sums[k]) / count, square = total(square_sums[k]) - count * delta * delta;
       if (begin == 0) bases[k] = means[k];
       const double distance = (means[k] - bases[k]) + delta - offsets[k];
@@ -61,8 +63,9 @@ RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& v
   });
   // A handful of double operations a row, where float ones would leave the same relative error in every element. They
   // also keep rows of huge values from Inf - Inf.
+  const double reciprocal_cols = 1.0 / static_cast<double>(cols);
   unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-    const double variance = squares[k] / static_cast<double>(cols);
+    const double variance = squares[k] * reciprocal_cols;
     const Acc mean = static_cast<Acc>(bases[k] + offsets[k]);
     statistics[k] = {mean, static_cast<Acc>((bases[k] - mean) + offsets[k]),
                      static_cast<Acc>(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps))};
@@ -85,11 +88,13 @@ RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t co
   for_each_vector<Acc, 2>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
     prefetch(i);
     const V w = V::load(weight + i, lanes), b = V::load(bias + i, lanes);
+    V values[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const V x = V::load(rows[k] + i, lanes);
       also(k, i, x, lanes);
-      put<kStream>(fma(fma(x - means[k], rstds[k], shifts[k]), w, b), outputs[k] + i, lanes);
+      values[k] = fma(fma(x - means[k], rstds[k], shifts[k]), w, b);
     });
+    put_rows<kStream>(values, outputs, i, lanes);
   });
 }
 

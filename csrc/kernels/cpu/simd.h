@@ -76,6 +76,16 @@ RESNORM_INLINE void put(V value, T* to, Lanes lanes) {
   }
 }
 
+// One vector of each row.
+template <bool kStream, class V, class T, int kRows, class Lanes>
+RESNORM_INLINE void put_rows(const V (&values)[kRows], T* const (&to)[kRows], std::int64_t i, Lanes lanes) {
+  if constexpr (requires { V::template put_rows<kStream>(values, to, i, lanes); }) {
+    V::template put_rows<kStream>(values, to, i, lanes);
+  } else {
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { put<kStream>(values[k], to[k] + i, lanes); });
+  }
+}
+
 // body(Index<flag>): for a flag that a loop is compiled for.
 template <class Body>
 RESNORM_INLINE void with_flag(bool flag, const Body& body) {

@@ -96,7 +96,6 @@ struct Vec<float> {
   RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
   RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
 
-  RESNORM_INLINE float first() const { return _mm256_cvtss_f32(v); }
   RESNORM_INLINE float sum() const {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -172,7 +171,6 @@ struct Vec<double> {
 
   RESNORM_INLINE void stream(double* to) const { _mm256_stream_pd(to, v); }
 
-  RESNORM_INLINE double first() const { return _mm256_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));

@@ -38,20 +38,35 @@ RESNORM_INLINE void stream16(void* to, __m256i value) { _mm256_stream_si256(stat
 
 RESNORM_INLINE void stream_fence() { _mm_sfence(); }
 
-RESNORM_INLINE __m256i to_bfloat16(__m512 value) {
-#if defined(__AVX512BF16__)
-  // The instruction takes subnormal numbers for 0.
-  constexpr int kSubnormal = 0x20;
-  if (_mm512_fpclass_ps_mask(value, kSubnormal) == 0) [[likely]] {
-    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-  }
-#endif
+RESNORM_INLINE __m256i round_to_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i quieted = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted, 16));
+}
+
+// One or two at once, because the CPU's own instruction takes subnormal numbers for 0: one test for both.
+template <int kCount>
+RESNORM_INLINE void to_bfloat16(const __m512 (&values)[kCount], __m256i (&halves)[kCount]) {
+  static_assert(kCount <= 2);
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;
+  const __mmask16 first = _mm512_fpclass_ps_mask(values[0], kSubnormal);
+  const __mmask16 last = _mm512_fpclass_ps_mask(values[kCount - 1], kSubnormal);
+  if (_kortestz_mask16_u8(first, last)) [[likely]] {
+    for (int k = 0; k < kCount; ++k) halves[k] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values[k]));
+    return;
+  }
+#endif
+  for (int k = 0; k < kCount; ++k) halves[k] = round_to_bfloat16(values[k]);
+}
+
+RESNORM_INLINE __m256i to_bfloat16(__m512 value) {
+  __m256i halves[1];
+  to_bfloat16<1>({value}, halves);
+  return halves[0];
 }
 
 RESNORM_INLINE __m256i to_float16(__m512 value) {
@@ -71,7 +86,12 @@ struct Vec<float> {
   }
   template <class Lanes>
   static RESNORM_INLINE Vec load(const BFloat16* from, Lanes lanes) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(from, lanes)), 16))};
+    // Each element into the upper half of its lane, in one instruction.
+    const __m512i upper =
+        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
+    constexpr __mmask32 kUpper = 0xAAAAAAAA;
+    const __m512i elements = _mm512_castsi256_si512(load16(from, lanes));
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpper, upper, elements))};
   }
   template <class Lanes>
   static RESNORM_INLINE Vec load(const Float16* from, Lanes lanes) {
@@ -101,7 +121,22 @@ struct Vec<float> {
   RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
   RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
 
-  RESNORM_INLINE float first() const { return _mm512_cvtss_f32(v); }
+  template <bool kStream, int kRows, class Lanes>
+  static RESNORM_INLINE void put_rows(const Vec (&values)[kRows], BFloat16* const (&to)[kRows], std::int64_t i,
+                                      Lanes lanes) {
+    __m512 registers[kRows];
+    for (int k = 0; k < kRows; ++k) registers[k] = values[k].v;
+    __m256i halves[kRows];
+    to_bfloat16(registers, halves);
+    for (int k = 0; k < kRows; ++k) {
+      if constexpr (kStream && kSame<Lanes, AllLanes>) {
+        stream16(to[k] + i, halves[k]);
+      } else {
+        store16(to[k] + i, halves[k], lanes);
+      }
+    }
+  }
+
   RESNORM_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   RESNORM_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
 
@@ -171,7 +206,6 @@ struct Vec<double> {
 
   RESNORM_INLINE void stream(double* to) const { _mm512_stream_pd(to, v); }
 
-  RESNORM_INLINE double first() const { return _mm512_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
 
   RESNORM_INLINE Vec only(AllLanes) const { return *this; }

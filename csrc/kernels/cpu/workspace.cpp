@@ -4,7 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "kernels.h"
 
@@ -27,6 +30,23 @@ std::int64_t streamed_bytes() {
   return bytes;
 }
 
+void* thread_buffer(std::size_t index, std::size_t bytes) {
+  struct Buffer {
+    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
+    std::size_t bytes = 0;
+  };
+  thread_local std::vector<Buffer> buffers;
+  if (index >= buffers.size()) buffers.resize(index + 1);
+  Buffer& buffer = buffers[index];
+  if (buffer.bytes < bytes) {
+    buffer.bytes = 0;
+    buffer.memory.reset(std::aligned_alloc(kLineBytes, (bytes + kLineBytes - 1) / kLineBytes * kLineBytes));
+    if (buffer.memory == nullptr) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return buffer.memory.get();
+}
+
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols) {
   const std::int64_t rows_per_task =
       std::max<std::int64_t>(kElementsPerTask / std::max<std::int64_t>(cols, 1), kRowsPerGroup);
@@ -42,21 +62,6 @@ std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64
 std::size_t backward_workspace_bytes(std::int64_t rows, std::int64_t cols, int column_sums, DType dtype) {
   const std::size_t element = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   return static_cast<std::size_t>(row_block_count(rows, cols)) * column_sums * static_cast<std::size_t>(cols) * element;
-}
-
-void* thread_workspace(std::size_t bytes) {
-  struct alignas(64) Line {
-    unsigned char bytes[64];
-  };
-  static thread_local std::unique_ptr<Line[]> memory;
-  static thread_local std::size_t lines = 0;
-  const std::size_t wanted = (bytes + sizeof(Line) - 1) / sizeof(Line);
-  if (wanted > lines) {
-    memory.reset();
-    memory.reset(new Line[wanted]);
-    lines = wanted;
-  }
-  return memory.get();
 }
 
 }  // namespace resnorm::cpu

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How a backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends
-// on the sizes only, so that the sums repeat bitwise on any number of threads. And the memory that a thread keeps.
+// How work and memory are dealt out to the kernels' loops.
 #pragma once
 
 #include <cstddef>
@@ -18,14 +17,17 @@ inline constexpr int kRowsPerGroup = 2;
 // A result of as many bytes is written past the caches.
 std::int64_t streamed_bytes();
 
-// A power of two: 1, 2, ... 64.
+inline constexpr std::size_t kLineBytes = 64;
+
+// Memory of the calling thread, of `bytes` bytes at least and aligned to lines, that lives on for its next task: rows
+// that are too long for the stack cost no fresh pages at every call. A task's buffers differ in `index`.
+void* thread_buffer(std::size_t index, std::size_t bytes);
+
+// A backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends on
+// the sizes only, so that the sums repeat bitwise on any number of threads. A power of two: 1, 2, ... 64.
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols);
 
 // First row of a block; of the block behind the last: the number of rows.
 std::int64_t row_block_begin(std::int64_t block, std::int64_t blocks, std::int64_t rows);
-
-// At least so many bytes, at a multiple of 64, for this thread until it asks again: kept, because fresh memory costs
-// page faults, and freed when the thread ends.
-void* thread_workspace(std::size_t bytes);
 
 }  // namespace resnorm::cpu
