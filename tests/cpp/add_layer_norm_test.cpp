@@ -252,5 +252,29 @@ TEST_P(AddLayerNormTest, DroppedElementsAddNothing) {
   }
 }
 
+TEST_P(AddLayerNormTest, ResultsBeyondTheCachesAreTheSame) {
+  for (const DType dtype : {kFloat32, kBFloat16}) {
+    for (const bool stores_sum : {true, false}) {
+      Problem one(generator, {1, kStreamedCols}, {dtype, dtype, dtype, dtype}, {}, {});
+      one.forward(kernels(), serial);
+      const std::int64_t rows = streamed_rows(dtype);
+      Matrix output(rows, kStreamedCols, dtype, kWholeLines), sum;
+      if (stores_sum) sum = output;
+      kernels().add_layer_norm_forward({.rows = rows,
+                                        .cols = kStreamedCols,
+                                        .input = repeated(one.input),
+                                        .residual = repeated(one.residual),
+                                        .weight = one.weight.const_vector(),
+                                        .bias = one.bias.const_vector(),
+                                        .eps = kEps,
+                                        .output = output.operand(),
+                                        .sum = stores_sum ? sum.operand() : Rows{.dtype = dtype}},
+                                       threaded<2>);
+      expect_rows_equal(output, one.output);
+      if (stores_sum) expect_rows_equal(sum, one.sum);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace resnorm::cpu::testing

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/workspace.h"
 #include "kernels/philox.h"
 #include "matrix.h"
 
@@ -79,6 +80,25 @@ inline const std::vector<Shape> kShapes = {{0, 5},  {3, 1},   {1, 2},   {5, 7}, 
                                            {4, 64}, {6, 768}, {9, 775}, {3, 10007}, {613, 130}};
 
 inline const std::vector<Layout> kLayouts = {{0, 0}, {3, 1}};
+
+// So many rows that their result is written past the caches, where whole lines are: `kWholeLines` with a tail.
+inline constexpr std::int64_t kStreamedCols = 1000;
+inline constexpr Layout kWholeLines{24, 0};
+inline std::int64_t streamed_rows(DType dtype) { return streamed_bytes() / size_of(dtype) / kStreamedCols + 3; }
+
+// One row as many.
+inline ConstRows repeated(const Matrix& row) {
+  ConstRows rows = row.const_operand();
+  rows.row_stride = 0;
+  return rows;
+}
+
+inline void expect_rows_equal(const Matrix& rows, const Matrix& row) {
+  rows.expect_guards_untouched();
+  for (std::int64_t i = 0; i < rows.rows(); ++i) {
+    for (std::int64_t col = 0; col < rows.cols(); ++col) ASSERT_EQ(rows(i, col), row(0, col)) << i << ", " << col;
+  }
+}
 
 class KernelTest : public ::testing::TestWithParam<std::string> {
  protected:

@@ -233,6 +233,40 @@ TEST_P(LayerNormTest, NanAndInfStayInTheirRows) {
   }
 }
 
+TEST_P(LayerNormTest, ResultsBeyondTheCachesAreTheSame) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    Problem one(generator, {1, kStreamedCols}, {dtype, dtype}, {}, true);
+    one.forward(kernels(), serial);
+    one.backward(kernels(), serial);
+    const std::int64_t rows = streamed_rows(dtype);
+    Matrix output(rows, kStreamedCols, dtype, kWholeLines), grad_input = output;
+    Matrix mean(1, rows, one.mean.dtype()), rstd = mean;
+    kernels().layer_norm_forward({.rows = rows,
+                                  .cols = kStreamedCols,
+                                  .input = repeated(one.input),
+                                  .weight = one.weight.const_vector(),
+                                  .bias = one.bias.const_vector(),
+                                  .eps = kEps,
+                                  .output = output.operand(),
+                                  .mean = mean.vector().data,
+                                  .rstd = rstd.vector().data},
+                                 threaded<2>);
+    kernels().layer_norm_backward({.rows = rows,
+                                   .cols = kStreamedCols,
+                                   .grad_output = repeated(one.grad_output),
+                                   .input = repeated(one.input),
+                                   .weight = one.weight.const_vector(),
+                                   .mean = mean.vector().data,
+                                   .rstd = rstd.vector().data,
+                                   .grad_input = grad_input.operand(),
+                                   .grad_weight = {},
+                                   .grad_bias = {}},
+                                  threaded<2>);
+    expect_rows_equal(output, one.output);
+    expect_rows_equal(grad_input, one.grad_input);
+  }
+}
+
 TEST_P(LayerNormTest, RowsMayBeOneRowRepeated) {
   Problem problem(generator, {6, 40}, {DType::kFloat32, DType::kFloat32}, {}, true);
   problem.forward(kernels(), serial);

@@ -21,7 +21,7 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, mean, rstd] = layer_norm_forward(input, normalized_shape, weight, bias, eps);
     context->save_for_backward({input, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, rstd});
-    context->saved_data["normalized_shape"] = normalized_shape.vec();
+    context->saved_data["row_dims"] = static_cast<int64_t>(normalized_shape.size());
     context->saved_data["eps"] = eps;
     return output;
   }
@@ -30,9 +30,10 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
     const auto saved = context->get_saved_variables();
     const auto weight = saved_optional(saved[1]), bias = saved_optional(saved[2]);
     const auto wanted = wanted_gradients<3>(*context, {true, weight.has_value(), bias.has_value()});
+    const auto normalized_shape = saved[0].sym_sizes().slice(saved[0].dim() - context->saved_data["row_dims"].toInt());
     const auto [grad_input, grad_weight, grad_bias] =
-        layer_norm_backward(grads[0], saved[0], context->saved_data["normalized_shape"].toSymIntVector(), weight, bias,
-                            saved[3], saved[4], context->saved_data["eps"].toDouble(), wanted);
+        layer_norm_backward(grads[0], saved[0], normalized_shape, weight, bias, saved[3], saved[4],
+                            context->saved_data["eps"].toDouble(), wanted);
     return {if_wanted(wanted[0], grad_input), Tensor(), if_wanted(wanted[1], grad_weight),
             if_wanted(wanted[2], grad_bias), Tensor()};
   }
