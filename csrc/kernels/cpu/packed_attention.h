@@ -151,7 +151,7 @@ void attend_range(const PackedAttention& a, std::int64_t begin, std::int64_t end
 
 inline void packed_attention(const PackedAttention& a, ParallelFor parallel_for) {
   // Multiply-adds, fewer than which a second thread is not worth starting for; and how many a unit of cost is about.
-  constexpr std::int64_t kGrain = 512 * 1024, kUnit = kGroupRows * kGroupRows;
+  constexpr std::int64_t kGrain = 2 * 1024 * 1024, kUnit = kGroupRows * kGroupRows;
   auto* range = a.dtype == DType::kFloat32    ? attend_range<float>
                 : a.dtype == DType::kBFloat16 ? attend_range<BFloat16>
                                               : attend_range<Float16>;
