@@ -96,6 +96,7 @@ struct Vec<float> {
   RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
   RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
 
+  RESNORM_INLINE float first() const { return _mm256_cvtss_f32(v); }
   RESNORM_INLINE float sum() const {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

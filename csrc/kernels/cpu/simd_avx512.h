@@ -137,6 +137,7 @@ struct Vec<float> {
     }
   }
 
+  RESNORM_INLINE float first() const { return _mm512_cvtss_f32(v); }
   RESNORM_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   RESNORM_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
 

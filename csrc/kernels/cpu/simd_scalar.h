@@ -51,6 +51,7 @@ struct Vec {
     store(to, AllLanes{});
   }
 
+  RESNORM_INLINE Acc first() const { return v[0]; }
   RESNORM_INLINE Acc sum() const {
     if constexpr (kSize == 2) {
       return v[0] + v[1];
