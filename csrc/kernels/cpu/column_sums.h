@@ -83,7 +83,7 @@ class ColumnSums {
   }
 
   static constexpr int kUnroll = 4;
-  static constexpr std::int64_t kRowsPerBatch = 64;
+  static constexpr std::int64_t kRowsPerBatch = 32;
 
   std::int64_t cols_, blocks_;
   Vector gradients_[kCount];
