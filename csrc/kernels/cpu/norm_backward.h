@@ -76,37 +76,48 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
 }
 
 template <bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc>
-RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& rows, std::int64_t cols,
+RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
                                         const Acc* weight, const NormBackwardTerms<Acc> (&terms)[kRows],
                                         const DropoutRows& dropout, Acc* const (&sums)[kNormColumnSums]) {
   using V = Vec<Acc>;
+  // Copies, because a store through a pointer might change the originals for all that the compiler knows.
+  const NormBackwardGroup<G, S, kRows> rows = group;
+  V means[kRows], rstds[kRows], shifts[kRows], scales[kRows], offsets[kRows];
+  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+    means[k] = V::broadcast(rows.mean[k]);
+    rstds[k] = V::broadcast(rows.rstd[k]);
+    shifts[k] = V::broadcast(terms[k].shift);
+    scales[k] = V::broadcast(terms[k].scale);
+    offsets[k] = V::broadcast(terms[k].offset);
+  });
+  Acc* const weight_sums = sums[kGradWeight];
+  Acc* const bias_sums = sums[kGradBias];
+  Acc* const input_bias_sums = sums[kGradInputBias];
+  const V dropout_scale = V::broadcast(static_cast<Acc>(dropout.scale));
+  const std::uint32_t threshold = dropout.threshold;
   for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
     const V w = V::load(weight + i, lanes);
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
     V weight_sum = {}, bias_sum = {}, input_bias_sum = {}, grads[kRows], branches[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V d = V::load(rows.sum[k] + i, lanes) - V::broadcast(rows.mean[k]);
-      const V x = fma(d, V::broadcast(rows.rstd[k]), V::broadcast(terms[k].shift));
+      const V x = fma(V::load(rows.sum[k] + i, lanes) - means[k], rstds[k], shifts[k]);
       const V grad_output = V::load(rows.grad_output[k] + i, lanes);
       weight_sum = k == 0 ? grad_output * x : fma(grad_output, x, weight_sum);
       bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
-      grads[k] = fma(grad_output * V::broadcast(rows.rstd[k]), w,
-                     fma(x, V::broadcast(terms[k].scale), V::broadcast(terms[k].offset)));
+      grads[k] = fma(grad_output * rstds[k], w, fma(x, scales[k], offsets[k]));
       if constexpr (kHasGradSum) grads[k] = grads[k] + V::load(rows.grad_sum[k] + i, lanes);
       if constexpr (kHasBranch) {
-        const V scale = V::broadcast(static_cast<Acc>(dropout.scale));
-        branches[k] = (grads[k] * scale).keep(rows.draws[k] + i, dropout.threshold);
+        branches[k] = (grads[k] * dropout_scale).keep(rows.draws[k] + i, threshold);
         input_bias_sum = k == 0 ? branches[k] : input_bias_sum + branches[k];
       }
     });
     put_rows<kStream>(grads, rows.grad_residual, i, lanes);
     if constexpr (kHasBranch) put_rows<kStream>(branches, rows.grad_input, i, lanes);
-    const auto add = [&](NormColumnSum which, V sum) RESNORM_INLINE_LAMBDA {
-      (V::load(sums[which] + i, lanes) + sum).store(sums[which] + i, lanes);
-    };
-    add(kGradWeight, weight_sum);
-    add(kGradBias, bias_sum);
-    if constexpr (kHasBranch) add(kGradInputBias, input_bias_sum);
+    const auto add = [&](Acc* running, V sum)
+                         RESNORM_INLINE_LAMBDA { (V::load(running + i, lanes) + sum).store(running + i, lanes); };
+    add(weight_sums, weight_sum);
+    add(bias_sums, bias_sum);
+    if constexpr (kHasBranch) add(input_bias_sums, input_bias_sum);
   });
 }
 

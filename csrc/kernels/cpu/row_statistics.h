@@ -8,7 +8,6 @@
 
 #include <cstdint>
 
-#include "row_buffer.h"
 #include "simd.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
@@ -17,6 +16,15 @@ namespace {
 // Independent accumulators of one row; the two sums of the second sweep, for all rows of a group, must fit in
 // registers.
 inline constexpr int kSlots = kRegisters / 8;
+
+// The two rows of the group that comes next, to be prefetched: half of it beside each of the sweeps that read from the
+// caches, because a core can wait for a few lines only at a time.
+struct NextRows {
+  NextRows(std::int64_t next, std::int64_t end)
+      : first(next < end ? next : end - 1), second(next + 1 < end ? next + 1 : end - 1) {}
+
+  std::int64_t first, second;
+};
 
 // x - mean - delta is a deviation: delta is what the mean's type cannot hold of it.
 template <class Acc>

@@ -13,7 +13,6 @@
 #define RESNORM_NOINLINE __attribute__((noinline))
 
 #include "element.h"
-#include "workspace.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
@@ -108,22 +107,6 @@ RESNORM_INLINE void for_each_vector(std::int64_t cols, const Body& body) {
     if (i < cols) body(i, Index<0>{}, FirstLanes{static_cast<int>(cols - i)});
   }
 }
-
-// body(row, Index<kRows>) for groups of rows: whole ones, then single rows.
-template <class Body>
-RESNORM_INLINE void for_each_group(std::int64_t begin, std::int64_t end, const Body& body) {
-  for (; begin + kRowsPerGroup <= end; begin += kRowsPerGroup) body(begin, Index<kRowsPerGroup>{});
-  for (; begin < end; ++begin) body(begin, Index<1>{});
-}
-
-// The two rows of the group that comes next, to be prefetched: half of it beside each of the sweeps that read from the
-// caches, because a core can wait for a few lines only at a time.
-struct NextRows {
-  NextRows(std::int64_t next, std::int64_t end)
-      : first(next < end ? next : end - 1), second(next + 1 < end ? next + 1 : end - 1) {}
-
-  std::int64_t first, second;
-};
 
 // body(begin, size) for every piece of a long row. One accumulator that ran through all of it would round each element
 // to the scale of their sum; pieces' sums are small, and a few of them can be added in double.
