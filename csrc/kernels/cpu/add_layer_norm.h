@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // sum = residual + dropout(input + input_bias); output = layer_norm(sum), from the sum before it is rounded. Input and
-// residual are read once from memory; the two further sweeps read the unrounded sum from the first cache.
+// residual are read once from memory; the two further sweeps read the unrounded sum from the caches.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,11 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       sum_rows[k] = rounded.row(first + k, k);
       outputs[k] = output.row(first + k, k);
-      unrounded[k] = buffer + k * a.cols;
-      if constexpr (kSame<Sum, Acc>) unrounded[k] = in_place ? sum_rows[k] : unrounded[k];
+      if constexpr (kSame<Sum, Acc>) {
+        unrounded[k] = in_place ? sum_rows[k] : buffer + k * a.cols;
+      } else {
+        unrounded[k] = buffer + k * a.cols;
+      }
     });
     const NextRows next(first + kRows, end);
     RowStatistics<Acc> statistics[kRows];
