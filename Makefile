@@ -46,7 +46,7 @@ cpp-test:
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
 
-# Whether the tests of the CUDA kernels notice faults: an hour or so. WORDS="row sum" tries those of such a name alone.
+# Whether the tests of the CUDA kernels notice faults: hours on 2 cores. WORDS="row sum" tries those of such a name alone.
 mutate:
 	$(PYTHON) tests/cpp/mutation/mutate.py $(WORDS)
 
