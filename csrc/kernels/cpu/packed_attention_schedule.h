@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// A sequence's rows in groups of nearly equal height: none is left with one row, at which a product is slow.
+// A sequence's rows in groups of nearly equal height, so that none is left with a row or two: there a product is slow.
 class RowGroups {
  public:
   RowGroups(std::int64_t rows, bool causal)
