@@ -19,17 +19,17 @@ Tensor preactivation(const Tensor& input, const OptionalTensor& bias) {
   return bias.has_value() ? widened + bias->to(accumulation) : widened;
 }
 
+void bias_activation_out(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, Tensor output) {
+  bias_activation_out_meta(input, bias, activation, output);
+  check_overlap(output, {input}, {bias});
+  output.copy_(bias_activation(input, bias, activation));
+}
+
 }  // namespace
 
 Tensor bias_activation(const Tensor& input, const OptionalTensor& bias, c10::string_view activation) {
   bias_activation_meta(input, bias, activation);
   return activate(parse_activation(activation), preactivation(input, bias)).to(input.scalar_type());
-}
-
-void bias_activation_out(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, Tensor output) {
-  bias_activation_out_meta(input, bias, activation, output);
-  check_overlap(output, {input}, {bias});
-  output.copy_(bias_activation(input, bias, activation));
 }
 
 std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad_output, const Tensor& input,

@@ -9,8 +9,6 @@ namespace resnorm::composite {
 
 Tensor bias_activation(const Tensor& input, const OptionalTensor& bias, c10::string_view activation);
 
-void bias_activation_out(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, Tensor output);
-
 std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad_output, const Tensor& input,
                                                     const OptionalTensor& bias, c10::string_view activation,
                                                     std::array<bool, 2> output_mask);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The kernels compute in float32; float64 goes to torch's own operators.
+// The kernels compute in float32; float64 goes to torch's own operators, in contiguous tensors, because in others their
+// last bits are different.
 #include "../bias_activation.h"
 
 #include <torch/library.h>
@@ -29,7 +30,8 @@ void run_forward(const Tensor& input, const OptionalTensor& bias, c10::string_vi
 }
 
 Tensor bias_activation_cpu(const Tensor& input, const OptionalTensor& bias, c10::string_view activation) {
-  if (input.scalar_type() == at::kDouble) return composite::BiasActivation::kernel(input, bias, activation);
+  if (input.scalar_type() == at::kDouble)
+    return composite::BiasActivation::kernel(input.contiguous(), bias, activation);
   auto output = bias_activation_meta(input, bias, activation);
   if (output.numel() == 0) return output;
   run_forward(input, bias, activation, result_rows(output, row_dims_of(output), true));
@@ -38,9 +40,12 @@ Tensor bias_activation_cpu(const Tensor& input, const OptionalTensor& bias, c10:
 
 void bias_activation_out_cpu(const Tensor& input, const OptionalTensor& bias, c10::string_view activation,
                              Tensor output) {
-  if (input.scalar_type() == at::kDouble) return composite::bias_activation_out(input, bias, activation, output);
   bias_activation_out_meta(input, bias, activation, output);
   check_overlap(output, {input}, {bias});
+  if (input.scalar_type() == at::kDouble) {
+    output.copy_(composite::bias_activation(input.contiguous(), bias, activation));
+    return;
+  }
   if (output.numel() == 0) return;
   OutputRows output_rows(output, row_dims_of(output));
   run_forward(input, bias, activation, output_rows.rows());
@@ -51,7 +56,8 @@ std::tuple<Tensor, Tensor> bias_activation_backward_cpu(const Tensor& grad_outpu
                                                         const OptionalTensor& bias, c10::string_view activation,
                                                         std::array<bool, 2> output_mask) {
   if (input.scalar_type() == at::kDouble) {
-    return composite::BiasActivationBackward::kernel(grad_output, input, bias, activation, output_mask);
+    return composite::BiasActivationBackward::kernel(grad_output.contiguous(), input.contiguous(), bias, activation,
+                                                     output_mask);
   }
   auto results = bias_activation_backward_meta(grad_output, input, bias, activation, output_mask);
   const auto& [grad_input, grad_bias] = results;
