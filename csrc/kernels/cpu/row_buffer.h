@@ -123,7 +123,7 @@ class RowWriter {
   bool may_stream(std::int64_t rows) const {
     const auto bytes = static_cast<std::uintptr_t>(rows_.row_stride) * sizeof(T);
     return buffer_ == nullptr && (reinterpret_cast<std::uintptr_t>(rows_.data) | bytes) % kLineBytes == 0 &&
-           rows >= streamed_bytes() / static_cast<std::int64_t>(sizeof(T)) / cols_;
+           rows >= kStreamedBytes / static_cast<std::int64_t>(sizeof(T)) / cols_;
   }
 
   RESNORM_INLINE void commit(std::int64_t row, int slot = 0) const {

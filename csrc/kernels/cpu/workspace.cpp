@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "workspace.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -17,18 +15,9 @@ namespace {
 
 constexpr std::int64_t kMaxRowBlocks = 64;
 
-// Where the system does not know, or counts another level.
-constexpr long kLeastLastCacheBytes = 8L * 1024 * 1024;
-
 std::int64_t row_groups(std::int64_t rows) { return (rows + kRowsPerGroup - 1) / kRowsPerGroup; }
 
 }  // namespace
-
-std::int64_t streamed_bytes() {
-  // Half of the last cache: the other half holds what the result is made from.
-  static const std::int64_t bytes = std::max(sysconf(_SC_LEVEL3_CACHE_SIZE), kLeastLastCacheBytes) / 2;
-  return bytes;
-}
 
 void* thread_buffer(std::size_t index, std::size_t bytes) {
   struct Buffer {
