@@ -32,7 +32,7 @@ def contenders(case: Case, device: str, gradients: tuple[Tensor, ...]) -> dict[s
     operation = OPERATIONS[case.operation]
     name = case.operation.removesuffix(" backward") + (" with sum" if operation.backward and operation.adds else "")
     ours, theirs = _FORMULAS[name]
-    peers: dict[str, Bind] = {COMPILED: _compiled(theirs, device)}
+    peers: dict[str, Bind] = {COMPILED: compiled(theirs, device)}
     if device == "cuda" and case.affine == "both":
         peers |= {peer: bind for (peer, package), bind in _CUDA_PEERS.get(name, {}).items() if find_spec(package)}
     if not operation.backward:
@@ -86,7 +86,7 @@ def _direct(function: Callable) -> Bind:
     return lambda *arguments: partial(function, *arguments)
 
 
-def _compiled(function: Callable, device: str) -> Bind:
+def compiled(function: Callable, device: str) -> Bind:
     def bind(*arguments) -> Call:
         torch.compiler.reset()  # each case is compiled for its own shape, never the fallback after too many
         torch._functorch.config.donated_buffer = False  # backward runs many times over one forward
