@@ -147,7 +147,9 @@ norm_backward(const NormBackwardArguments a) {
     }
     async_commit();
   }
-  const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
+  // From L1 each time where rows are shifted: in registers, beside all that such rows take, it would spill.
+  const auto read_seed = [&] { return static_cast<std::uint64_t>(*a.seed); };
+  const auto kept_seed = kDrops && !kShifted ? read_seed() : 0;
   if constexpr (kCluster) cluster_wait();
 
   float sums[kSums][kItems][kVector] = {};
@@ -183,8 +185,8 @@ norm_backward(const NormBackwardArguments a) {
       for (int k = 0; k < kVector; ++k) {
         totals[0] += weighted[k];
         totals[1] += weighted[k] * x[k];
-        const int column = column_of(i) + k;
-        totals[2] += kShifted && (column < 0 || column >= a.cols) ? 0.0F : x[k];  // there alone all columns count
+        const auto column = static_cast<unsigned>(column_of(i) + k);  // a column before the row is a huge one
+        totals[2] += kShifted && column >= static_cast<unsigned>(a.cols) ? 0.0F : x[k];  // there alone all count
       }
     }
     group.sum(totals, slots + stage * slot_size);
@@ -214,7 +216,10 @@ norm_backward(const NormBackwardArguments a) {
           auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
           store_vector<Residual, kVector, kShifted>(to, column, a.cols, result);
         }
-        if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
+        if constexpr (kDrops) {
+          const auto seed = kShifted ? read_seed() : kept_seed;
+          apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
+        }
         if (a.grad_input != nullptr) {
           auto* to = static_cast<Gradient*>(a.grad_input) + row * a.grad_input_stride;
           store_vector<Gradient, kVector, kShifted>(to, column, a.cols, result);
