@@ -60,4 +60,7 @@ struct RowCounts {
 };
 RowCounts row_counts(const at::Tensor& tensor, int64_t row_dims);
 
+// Where nothing is normalized, the last dimension makes up a row; a zero-dimensional tensor is one row of one element.
+inline int64_t row_dims_of(const at::Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
+
 }  // namespace resnorm

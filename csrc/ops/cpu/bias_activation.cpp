@@ -14,9 +14,6 @@ namespace resnorm {
 
 namespace {
 
-// The last dimension makes up a row; a zero-dimensional tensor is one row of one element.
-int64_t row_dims_of(const Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
-
 void run_forward(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, Rows output) {
   const auto counts = row_counts(input, row_dims_of(input));
   const RowView input_rows(input, row_dims_of(input));

@@ -20,9 +20,6 @@ class ResidualAddOn {
   }
 
  private:
-  // The last dimension makes up a row; a zero-dimensional tensor is one row of one element.
-  static int64_t row_dims_of(const Tensor& tensor) { return tensor.dim() == 0 ? 0 : 1; }
-
   static void launch(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
                      const OptionalTensor& seed, Rows output) {
     Kernels kernels("residual_add", input);
