@@ -64,13 +64,9 @@ def test_nothing_spills(resources):
 
 
 def test_registers_leave_room_for_the_threads_of_a_plan(resources):
-    """64 for 1024 threads of the forward kernels, 128 for 512 of the backward ones, of 65536."""
+    """Of 65536: 64 for 1024 threads of a forward kernel, 128 for 512 of others, 168 for 384 of a backward kernel whose
+    rows start anywhere. What is launched for any rows, element by element, has blocks of 256."""
+    limits = {"norm_forward.cu": 255, "norm_backward.cu": 255, "norm_forward_": 64, "norm_backward_": 168, "": 128}
     for (source, _), kernels in resources.items():
-        limit = (
-            64
-            if "norm_forward_" in source
-            else 255
-            if source.endswith(("norm_forward.cu", "norm_backward.cu"))
-            else 128
-        )
+        limit = next(registers for part, registers in limits.items() if part in source)
         assert kernels and max(kernel.registers for kernel in kernels) <= limit, source

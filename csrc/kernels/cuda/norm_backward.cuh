@@ -94,7 +94,7 @@ class StagedRow {
 // of kVector then.
 template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
           bool kInputBias>
-RESNORM_KERNEL(kBackwardThreads, 1)
+RESNORM_KERNEL(kShifted ? kShiftedBackwardThreads : kBackwardThreads, 1)
 norm_backward(const NormBackwardArguments a) {
   using Gradient = typename Types::Branch;
   using Residual = typename Types::Residual;
@@ -147,9 +147,7 @@ norm_backward(const NormBackwardArguments a) {
     }
     async_commit();
   }
-  // From L1 each time where rows are shifted: in registers, beside all that such rows take, it would spill.
-  const auto read_seed = [&] { return static_cast<std::uint64_t>(*a.seed); };
-  const auto kept_seed = kDrops && !kShifted ? read_seed() : 0;
+  const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
   if constexpr (kCluster) cluster_wait();
 
   float sums[kSums][kItems][kVector] = {};
@@ -216,10 +214,7 @@ norm_backward(const NormBackwardArguments a) {
           auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
           store_vector<Residual, kVector, kShifted>(to, column, a.cols, result);
         }
-        if constexpr (kDrops) {
-          const auto seed = kShifted ? read_seed() : kept_seed;
-          apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
-        }
+        if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
         if (a.grad_input != nullptr) {
           auto* to = static_cast<Gradient*>(a.grad_input) + row * a.grad_input_stride;
           store_vector<Gradient, kVector, kShifted>(to, column, a.cols, result);

@@ -77,9 +77,10 @@ inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops
 
 // ---- The norms, backward
 
-inline constexpr int kBackwardThreads = 512, kBackwardStages = 2;
+// 128 registers a thread; 168 where rows are shifted, whose bounds take some of them.
+inline constexpr int kBackwardThreads = 512, kShiftedBackwardThreads = 384, kBackwardStages = 2;
 
-// What a thread may hold in one row, of columns whose sums it keeps: more would not fit 128 registers.
+// What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;
 
 // Bytes of shared memory that a block may have.
@@ -123,7 +124,7 @@ inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shif
   constexpr int kSlotBytes = 8 << 10;  // more than the row sums take
   const int vector = kVectorBytes / gradient_bytes, max_items = kBackwardElements / vector;
   const auto vectors = static_cast<int>(vectors_of(cols, vector, shifted));
-  int threads = kBackwardThreads;
+  int threads = shifted ? kShiftedBackwardThreads : kBackwardThreads;
   const auto plan_of = [&](int items, int row_threads, int cluster) {
     return Plan{.shifted = shifted,
                 .row_threads = row_threads,
