@@ -340,7 +340,7 @@ NORM_BACKWARD = [
     Mutation(
         "elements beside a shifted row count (backward)",
         BACKWARD,
-        {"totals[2] += kShifted && (column < 0 || column >= a.cols) ? 0.0F : x[k]": "totals[2] += x[k]"},
+        {"totals[2] += kShifted && column >= static_cast<unsigned>(a.cols) ? 0.0F : x[k]": "totals[2] += x[k]"},
     ),
     Mutation(
         "shift of the first row for all (backward)",
