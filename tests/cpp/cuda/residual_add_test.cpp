@@ -5,6 +5,7 @@
 #include "../fixture.h"
 #include "../residual_reference.h"
 #include "emulated_test.h"
+#include "far_rows.h"
 
 namespace resnorm::cuda::testing {
 namespace {
@@ -52,31 +53,73 @@ struct Problem {
     }
   }
 
-  cudaError_t forward() { return forward(output.operand()); }
+  ResidualAddForward forward_arguments() {
+    return {.rows = input.rows(),
+            .cols = input.cols(),
+            .input = input.const_operand(),
+            .residual = residual.const_operand(),
+            .input_bias = input_bias.const_vector(),
+            .dropout = dropout,
+            .output = output.operand()};
+  }
+
+  ResidualAddBackward backward_arguments() {
+    return {.rows = grad_output.rows(),
+            .cols = grad_output.cols(),
+            .grad_output = grad_output.const_operand(),
+            .dropout = dropout,
+            .grad_input = grad_input.operand(),
+            .grad_input_bias = grad_input_bias.vector()};
+  }
+
+  cudaError_t forward() { return run(forward_arguments()); }
 
   cudaError_t forward(Rows to) {
-    const ResidualAddForward arguments = {.rows = input.rows(),
-                                          .cols = input.cols(),
-                                          .input = input.const_operand(),
-                                          .residual = residual.const_operand(),
-                                          .input_bias = input_bias.const_vector(),
-                                          .dropout = dropout,
-                                          .output = to};
+    ResidualAddForward arguments = forward_arguments();
+    arguments.output = to;
+    return run(arguments);
+  }
+
+  cudaError_t backward() { return run(backward_arguments()); }
+
+  cudaError_t run(const ResidualAddForward& arguments) {
     plan = residual_add_forward_plan(arguments);
     return residual_add_forward(arguments, plan, &kSeed, nullptr);
   }
 
-  cudaError_t backward() {
-    ResidualAddBackward arguments = {.rows = grad_output.rows(),
-                                     .cols = grad_output.cols(),
-                                     .grad_output = grad_output.const_operand(),
-                                     .dropout = dropout,
-                                     .grad_input = grad_input.operand(),
-                                     .grad_input_bias = grad_input_bias.vector()};
+  cudaError_t run(ResidualAddBackward arguments) {
     plan = residual_add_backward_plan(arguments, kDevice);
     Bytes workspace(residual_add_backward_workspace_bytes(arguments, plan), 0xFF);
     arguments.workspace = workspace.data();
     return residual_add_backward(arguments, plan, &kSeed, nullptr);
+  }
+
+  // On rows `row_stride` apart, the first of which is row `first_row` of its matrix.
+  void forward_far(std::int64_t first_row, std::int64_t row_stride) {
+    FarRows far_input(input, first_row * row_stride, row_stride);
+    FarRows far_residual(residual, first_row * row_stride, row_stride);
+    FarRows far_output(output, first_row * row_stride, row_stride);
+    ResidualAddForward arguments = forward_arguments();
+    arguments.rows += first_row;
+    arguments.input = {far_input.data(), row_stride, input.dtype()};
+    arguments.residual = {far_residual.data(), row_stride, residual.dtype()};
+    arguments.output = {far_output.data(), row_stride, output.dtype()};
+    ASSERT_EQ(run(arguments), cudaSuccess);
+    far_output.copy_back();
+  }
+
+  // Without the columns' sums, of which blocks that do not run would have their part.
+  void backward_far(std::int64_t first_row, std::int64_t row_stride) {
+    FarRows far_grad_output(grad_output, first_row * row_stride, row_stride);
+    FarRows far_grad_input(grad_input, first_row * row_stride, row_stride);
+    ResidualAddBackward arguments = backward_arguments();
+    arguments.rows += first_row;
+    arguments.grad_output = {far_grad_output.data(), row_stride, grad_output.dtype()};
+    arguments.grad_input = {far_grad_input.data(), row_stride, grad_input.dtype()};
+    arguments.grad_input_bias = {};
+    ASSERT_EQ(run(arguments), cudaSuccess);
+    far_grad_input.copy_back();
+    grad_input_bias = {};
   }
 
   void expect_correct() const {
@@ -207,6 +250,42 @@ TEST_P(ResidualAddCudaTest, RepeatsBitwise) {
   ASSERT_EQ(second.backward(), cudaSuccess);
   EXPECT_EQ(first.grad_input.storage(), second.grad_input.storage());
   EXPECT_EQ(first.grad_input_bias.storage(), second.grad_input_bias.storage());
+}
+
+// Row 1 begins just past 2^31 elements, row 2 just past 2^32.
+TEST_P(ResidualAddCudaTest, FarRowStrides) {
+  for (const Types type : {kTypes[0], kTypes[1], kRareTypes[0]}) {
+    for (const std::int64_t stride : {(std::int64_t{1} << 31) + 8, (std::int64_t{1} << 31) + 3}) {
+      for (const Options& options : {Options{.dropout_p = 0.3}, Options{true, 0.3}}) {
+        SCOPED_TRACE(::testing::Message() << type << " stride " << stride << " bias " << options.input_bias);
+        Problem problem(generator, {3, 264}, type, {}, options);
+        problem.forward_far(0, stride);
+        problem.backward_far(0, stride);
+        problem.expect_correct();
+      }
+    }
+  }
+}
+
+// The last rows of a matrix of more than 2^31 and 2^32 elements, of whose grid only the blocks of these rows run: 8 KiB
+// of one long row each or, with a bias, 8 rows.
+TEST_P(ResidualAddCudaTest, LastRows) {
+  constexpr int kRows = 128, kCols = 64;
+  for (const std::int64_t elements : {std::int64_t{1} << 31, std::int64_t{1} << 32}) {
+    for (const Types type : {kTypes[0], kTypes[1]}) {
+      for (const Options& options : {Options{.dropout_p = 0.3}, Options{true, 0.3}}) {
+        SCOPED_TRACE(::testing::Message() << type << ", " << elements << " elements, bias " << options.input_bias);
+        Problem problem(generator, {kRows, kCols}, type, {}, options);
+        problem.kept = KeepMask(problem.dropout, {kRows, kCols}, elements);
+        const int blocks_of_one_row = kRows * kCols * size_of(type.branch) / 8192;
+        simt::schedule().last_clusters = options.input_bias ? kRows / 8 : blocks_of_one_row;
+        problem.forward_far(elements / kCols, kCols);
+        simt::schedule().last_clusters = blocks_of_one_row;
+        problem.backward_far(elements / kCols, kCols);
+        problem.expect_correct();
+      }
+    }
+  }
 }
 
 }  // namespace
