@@ -33,7 +33,7 @@ def test_rows_far_from_zero(cols, base):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("cols", [1, *COLUMNS])
+@pytest.mark.parametrize("cols", [1, 41, 1128, 8437, *COLUMNS])
 def test_constant_rows_give_exactly_the_bias(dtype, cols):
     values = torch.tensor([0.0, 1.0, -0.1, 1e4 / 3, 3e4, 1e-30], device=DEVICE).to(dtype)
     weight, bias = torch.randn(2, cols, device=DEVICE).to(dtype)

@@ -267,22 +267,27 @@ TEST_P(ResidualAddCudaTest, FarRowStrides) {
   }
 }
 
-// The last rows of a matrix of more than 2^31 and 2^32 elements, of whose grid only the blocks of these rows run: 8 KiB
-// of one long row each or, with a bias, 8 rows.
+// The last rows of a matrix of more than 2^31 and 2^32 elements, of whose grid only the blocks of these rows run: 8
+// rows each or, where there are no gaps and no bias, 8 KiB of one long row.
 TEST_P(ResidualAddCudaTest, LastRows) {
   constexpr int kRows = 128, kCols = 64;
   for (const std::int64_t elements : {std::int64_t{1} << 31, std::int64_t{1} << 32}) {
     for (const Types type : {kTypes[0], kTypes[1]}) {
       for (const Options& options : {Options{.dropout_p = 0.3}, Options{true, 0.3}}) {
-        SCOPED_TRACE(::testing::Message() << type << ", " << elements << " elements, bias " << options.input_bias);
-        Problem problem(generator, {kRows, kCols}, type, {}, options);
-        problem.kept = KeepMask(problem.dropout, {kRows, kCols}, elements);
-        const int blocks_of_one_row = kRows * kCols * size_of(type.branch) / 8192;
-        simt::schedule().last_clusters = options.input_bias ? kRows / 8 : blocks_of_one_row;
-        problem.forward_far(elements / kCols, kCols);
-        simt::schedule().last_clusters = blocks_of_one_row;
-        problem.backward_far(elements / kCols, kCols);
-        problem.expect_correct();
+        for (const int gap : {0, 8}) {
+          SCOPED_TRACE(::testing::Message()
+                       << type << ", " << elements << " elements, bias " << options.input_bias << ", gap of " << gap);
+          Problem problem(generator, {kRows, kCols}, type, {}, options);
+          problem.kept = KeepMask(problem.dropout, {kRows, kCols}, elements);
+          const auto blocks = [&](bool has_bias) {
+            return has_bias || gap > 0 ? kRows / 8 : kRows * kCols * size_of(type.branch) / 8192;
+          };
+          simt::schedule().last_clusters = blocks(options.input_bias);
+          problem.forward_far(elements / kCols, kCols + gap);
+          simt::schedule().last_clusters = blocks(false);
+          problem.backward_far(elements / kCols, kCols + gap);
+          problem.expect_correct();
+        }
       }
     }
   }

@@ -24,6 +24,7 @@ BACKWARD = KERNELS + "norm_backward.cuh"
 BACKWARD_ANY = KERNELS + "norm_backward_any.cuh"
 RESIDUAL_FORWARD = KERNELS + "residual_add_forward.cuh"
 RESIDUAL_BACKWARD = KERNELS + "residual_add_backward.cuh"
+RESIDUAL_ANY = KERNELS + "residual_add_any.cuh"
 COLUMN_SUMS = KERNELS + "column_sums.cuh"
 FINISH = KERNELS + "column_sums_finish.cuh"
 
@@ -233,8 +234,8 @@ NORM_BACKWARD = [
         "stage refilled before its use (backward)",
         BACKWARD,
         {
-            "      if (live && column < a.cols) {": (
-                "      fetch(row + kBackwardStages * row_step, stage, i);\n      if (live && column < a.cols) {"
+            "      if (column < a.cols) {": (
+                "      fetch(row + kBackwardStages * row_step, stage, i);\n      if (column < a.cols) {"
             )
         },
     ),
@@ -260,16 +261,11 @@ NORM_BACKWARD = [
     Mutation(
         "tail of the row skipped (backward)",
         BACKWARD,
-        {"if (!live || column_of(i) >= a.cols)": "if (!live || column_of(i) + kVector >= a.cols)"},
+        {"if (column_of(i) >= a.cols)": "if (column_of(i) + kVector >= a.cols)"},
     ),
     Mutation("one slot for all row sums (backward)", BACKWARD, {"slots + stage * slot_size": "slots"}),
     Mutation("groups share their slots (backward)", BACKWARD, {" + group_index * 2 * slot_size": ""}),
     Mutation("groups share a barrier (backward)", BACKWARD, {"group_index + 1};": "1};"}),
-    Mutation(
-        "threads of no row leave the loop (backward)",
-        BACKWARD,
-        {"    const bool live = row < a.rows;\n": "    const bool live = row < a.rows;\n    if (!live) break;\n"},
-    ),
     Mutation(
         "no wait for the cluster's start (backward)", BACKWARD, {"  if constexpr (kCluster) cluster_wait();\n": ""}
     ),
@@ -396,6 +392,60 @@ RESIDUAL_ADD = [
         {"kApart = kShifted && kInputBias ? kVector : 1": "kApart = 1"},
     ),
     Mutation("parts overlap (residual_add, backward)", RESIDUAL_BACKWARD, {"row += a.parts * groups": "row += groups"}),
+    Mutation(
+        "32-bit row offset (residual_add, forward, input)",
+        RESIDUAL_FORWARD,
+        {"(a.input) + row * a.input_stride": "(a.input) + static_cast<int>(row * a.input_stride)"},
+    ),
+    Mutation(
+        "32-bit row offset (residual_add, forward, residual)",
+        RESIDUAL_FORWARD,
+        {"row * a.residual_stride": "static_cast<std::uint32_t>(row * a.residual_stride)"},
+    ),
+    Mutation(
+        "32-bit row offset (residual_add, forward, output)",
+        RESIDUAL_FORWARD,
+        {"row * a.output_stride": "static_cast<std::uint32_t>(row * a.output_stride)"},
+    ),
+    Mutation(
+        "32-bit mask index (residual_add, forward)",
+        RESIDUAL_FORWARD,
+        {"row * a.cols + column": "static_cast<std::uint32_t>(row * a.cols) + column"},
+    ),
+    Mutation(
+        "32-bit row offset (residual_add, backward, grad_output)",
+        RESIDUAL_BACKWARD,
+        {
+            "(a.grad_output) + row * a.grad_output_stride": (
+                "(a.grad_output) + static_cast<int>(row * a.grad_output_stride)"
+            )
+        },
+    ),
+    Mutation(
+        "32-bit row offset (residual_add, backward, grad_input)",
+        RESIDUAL_BACKWARD,
+        {"row * a.grad_input_stride": "static_cast<std::uint32_t>(row * a.grad_input_stride)"},
+    ),
+    Mutation(
+        "32-bit mask index (residual_add, backward)",
+        RESIDUAL_BACKWARD,
+        {"row * a.cols + column": "static_cast<std::uint32_t>(row * a.cols) + column"},
+    ),
+    Mutation(
+        "32-bit row offset (residual_add, any, residual)",
+        RESIDUAL_ANY,
+        {"row * a.residual.row_stride": "static_cast<std::uint32_t>(row * a.residual.row_stride)"},
+    ),
+    Mutation(
+        "input bias of the next column (residual_add, any)",
+        RESIDUAL_ANY,
+        {"a.input_bias.dtype, column);": "a.input_bias.dtype, (column + 1) % a.cols);"},
+    ),
+    Mutation(
+        "one row of a part left out of the sums (residual_add, any)",
+        RESIDUAL_ANY,
+        {"    total += value;": "    if (row != place.parts) total += value;"},
+    ),
     Mutation(
         "mask without the row (residual_add, backward)",
         RESIDUAL_BACKWARD,
