@@ -113,6 +113,17 @@ def test_rows_far_from_zero(base, cols):
         assert (layer_norm(row, (cols,)).double() - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("start", [10.0, 1e3, -1e6])
+@pytest.mark.parametrize("cols", [20, 768, 4099, 20000])
+def test_rows_that_begin_unlike_the_rest(start, cols):
+    """Where a first guess of the mean is a bad one."""
+    input = torch.randn(7, cols)
+    input[:, :16] += start
+    expected = torch_layer_norm(input.double(), (cols,))
+    error = layer_norm(input, (cols,)).double() - expected
+    assert (error / expected.abs().clamp(min=1)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("base", [1e2, 1e4, 1e6])
 def test_gradients_of_rows_far_from_zero(base):
     cols, grad = 768, torch.randn(16, 768)

@@ -44,7 +44,7 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
         unrounded[k] = buffer + k * a.cols;
       }
     });
-    const NextRows next(first + kRows, end);
+    const auto next = sums.template next<kRows>(first);
     RowStatistics<Acc> statistics[kRows];
     sums.template with_rows<kRows>(first, [&](const auto& sum) RESNORM_INLINE_LAMBDA {
       const auto value = [&](auto k, std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA {
@@ -52,8 +52,7 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
         x.store(unrounded[k] + i, lanes);
         return x;
       };
-      row_statistics(a.cols, a.eps, value, unrounded, statistics,
-                     [&](std::int64_t i) RESNORM_INLINE_LAMBDA { sums.prefetch(next.first, i); });
+      row_statistics(a.cols, a.eps, value, unrounded, statistics);
     });
     with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       with_flag(writes_sum, [&](auto kWritesSum) RESNORM_INLINE_LAMBDA {
@@ -62,7 +61,10 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
             [&](auto k, std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
               if constexpr (kWritesSum) put<kStream>(x, sum_rows[k] + i, lanes);
             },
-            [&](std::int64_t i) RESNORM_INLINE_LAMBDA { sums.prefetch(next.second, i); });
+            [&](auto k, std::int64_t i) RESNORM_INLINE_LAMBDA {
+              prefetch(next.input[k] + i);
+              prefetch(next.residual[k] + i);
+            });
       });
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {

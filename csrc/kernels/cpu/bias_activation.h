@@ -54,15 +54,15 @@ RESNORM_INLINE void bias_activation_backward_group(const BiasActivationBackwardR
 
 template <class Activate, class T>
 void bias_activation_backward_as(const BiasActivationBackward& a, ParallelFor parallel_for) {
-  const ColumnSums<float, 1> column_sums({a.grad_bias}, a.rows, a.cols, a.workspace);
+  const ColumnSums<float, 1> column_sums(&a.grad_bias, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
     const RowReader<T> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
     const RowReader<T> input(a.input, a.cols, buffers, kRowsPerGroup), zeros({}, a.cols, buffers);
     const RowWriter<T> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup), discard({}, a.cols, buffers);
     const float* bias = vector_or(a.bias, 0.0F, a.cols, buffers);
-    float* const sums[1] = {buffers.take<float>(a.cols)};
-    const auto batch = [&](std::int64_t first, std::int64_t last) {
+    float* const scratch[] = {buffers.take<float>(a.cols)};
+    const auto batch = [&](std::int64_t first, std::int64_t last, float* const(&sums)[1]) {
       for (std::int64_t row = first; row < last; row += kRowsPerGroup) {
         BiasActivationBackwardRow<T> rows[kRowsPerGroup];
         for (int k = 0; k < kRowsPerGroup; ++k) {
@@ -76,7 +76,7 @@ void bias_activation_backward_as(const BiasActivationBackward& a, ParallelFor pa
         for (int k = 0; k < kRowsPerGroup && row + k < last; ++k) grad_input.commit(row + k, k);
       }
     };
-    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, scratch, batch);
   });
   column_sums.finish(parallel_for);
 }

@@ -23,22 +23,21 @@ void layer_norm_rows(const LayerNormForward& a, std::int64_t begin, std::int64_t
   const bool stream = a.output.data != a.input.data && output.may_stream(a.rows);
   for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
-    const T* inputs[kRows];
+    const T *inputs[kRows], *next[kRows];
     T* outputs[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       inputs[k] = input.row(first + k, k);
+      next[k] = input.next(first + k, kRows);
       outputs[k] = output.row(first + k, k);
     });
     const auto value = [&](auto k, std::int64_t i, auto lanes)
                            RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(inputs[k] + i, lanes); };
-    const NextRows next(first + kRows, end);
     RowStatistics<Acc> statistics[kRows];
-    row_statistics(a.cols, a.eps, value, inputs, statistics,
-                   [&](std::int64_t i) RESNORM_INLINE_LAMBDA { input.prefetch(next.first, i); });
+    row_statistics(a.cols, a.eps, value, inputs, statistics);
     with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       normalize_rows<kStream>(
           inputs, a.cols, statistics, weight, bias, outputs, [](auto...) RESNORM_INLINE_LAMBDA {},
-          [&](std::int64_t i) RESNORM_INLINE_LAMBDA { input.prefetch(next.second, i); });
+          [&](auto k, std::int64_t i) RESNORM_INLINE_LAMBDA { prefetch(next[k] + i); });
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       store_statistics(statistics[k], first + k, a.mean, a.rstd);

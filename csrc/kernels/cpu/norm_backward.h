@@ -19,15 +19,15 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-enum NormColumnSum { kGradWeight, kGradBias, kGradInputBias, kNormColumnSums };
+enum NormColumnSum { kGradWeight, kGradBias, kGradInputBias };
 
 // G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
 template <class G, class S, int kRows>
 struct NormBackwardGroup {
   using Acc = Accumulation<G, S>;
 
-  const G* grad_output[kRows];
-  const S* sum[kRows];
+  const G *grad_output[kRows], *next_grad_output[kRows];  // the next are to be prefetched
+  const S *sum[kRows], *next_sum[kRows];
   const S* grad_sum[kRows];
   S* grad_residual[kRows];
   G* grad_input[kRows];
@@ -35,10 +35,10 @@ struct NormBackwardGroup {
   Acc mean[kRows], rstd[kRows];
 };
 
-// From the first sweep: x = (s - mean) * rstd + shift; grad_residual = grad_sum + g * rstd + x * scale + offset.
+// From the first sweep: d = s - mean - delta; grad_residual = grad_sum + g * rstd + d * scale + offset.
 template <class Acc>
 struct NormBackwardTerms {
-  Acc shift, scale, offset;
+  Acc delta, scale, offset;
 };
 
 template <class G, class S, int kRows, class Acc>
@@ -47,7 +47,7 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
   using V = Vec<Acc>;
   constexpr int kSlots = 2;
   double g_totals[kRows] = {}, gd_totals[kRows] = {}, d_totals[kRows] = {};
-  for_each_piece(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+  for_each_piece<Acc, kSlots>(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
     V g_sums[kRows][kSlots] = {}, gd_sums[kRows][kSlots] = {}, d_sums[kRows][kSlots] = {};
     for_each_vector<Acc, kSlots>(size, [&](std::int64_t piece_i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
       const std::int64_t i = begin + piece_i;
@@ -70,41 +70,45 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
   unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
     const double g_mean = g_totals[k] * reciprocal_cols, gd_mean = gd_totals[k] * reciprocal_cols;
     const double delta = d_totals[k] * reciprocal_cols, rstd = rows.rstd[k];
-    terms[k] = {static_cast<Acc>(-delta * rstd), static_cast<Acc>((delta * g_mean - gd_mean) * rstd * rstd),
+    terms[k] = {static_cast<Acc>(delta), static_cast<Acc>((delta * g_mean - gd_mean) * rstd * rstd * rstd),
                 static_cast<Acc>(-g_mean * rstd)};
   });
 }
 
-template <bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc>
+template <bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc, int kSums>
 RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
                                         const Acc* weight, const NormBackwardTerms<Acc> (&terms)[kRows],
-                                        const DropoutRows& dropout, Acc* const (&sums)[kNormColumnSums]) {
+                                        const DropoutRows& dropout, Acc* const (&sums)[kSums]) {
   using V = Vec<Acc>;
   // Copies, because a store through a pointer might change the originals for all that the compiler knows.
   const NormBackwardGroup<G, S, kRows> rows = group;
-  V means[kRows], rstds[kRows], shifts[kRows], scales[kRows], offsets[kRows];
+  V means[kRows], rstds[kRows], deltas[kRows], scales[kRows], offsets[kRows];
   unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
     means[k] = V::broadcast(rows.mean[k]);
     rstds[k] = V::broadcast(rows.rstd[k]);
-    shifts[k] = V::broadcast(terms[k].shift);
+    deltas[k] = V::broadcast(terms[k].delta);
     scales[k] = V::broadcast(terms[k].scale);
     offsets[k] = V::broadcast(terms[k].offset);
   });
   Acc* const weight_sums = sums[kGradWeight];
   Acc* const bias_sums = sums[kGradBias];
-  Acc* const input_bias_sums = sums[kGradInputBias];
+  Acc* const input_bias_sums = kHasBranch ? sums[kSums - 1] : nullptr;
   const V dropout_scale = V::broadcast(static_cast<Acc>(dropout.scale));
   const std::uint32_t threshold = dropout.threshold;
   for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      prefetch(rows.next_grad_output[k] + i);
+      prefetch(rows.next_sum[k] + i);
+    });
     const V w = V::load(weight + i, lanes);
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
     V weight_sum = {}, bias_sum = {}, input_bias_sum = {}, grads[kRows], branches[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V x = fma(V::load(rows.sum[k] + i, lanes) - means[k], rstds[k], shifts[k]);
-      const V grad_output = V::load(rows.grad_output[k] + i, lanes);
-      weight_sum = k == 0 ? grad_output * x : fma(grad_output, x, weight_sum);
+      const V d = V::load(rows.sum[k] + i, lanes) - means[k] - deltas[k];
+      const V grad_output = V::load(rows.grad_output[k] + i, lanes), scaled = grad_output * rstds[k];
+      weight_sum = k == 0 ? scaled * d : fma(scaled, d, weight_sum);
       bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
-      grads[k] = fma(grad_output * rstds[k], w, fma(x, scales[k], offsets[k]));
+      grads[k] = fma(scaled, w, fma(d, scales[k], offsets[k]));
       if constexpr (kHasGradSum) grads[k] = grads[k] + V::load(rows.grad_sum[k] + i, lanes);
       if constexpr (kHasBranch) {
         branches[k] = (grads[k] * dropout_scale).keep(rows.draws[k] + i, threshold);
@@ -143,7 +147,9 @@ class NormBackwardRows {
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const std::int64_t row = first + k;
       rows.grad_output[k] = grad_output_.row(row, k);
+      rows.next_grad_output[k] = grad_output_.next(row, kRows);
       rows.sum[k] = sum_.row(row, k);
+      rows.next_sum[k] = sum_.next(row, kRows);
       rows.grad_sum[k] = grad_sum_.row(row, k);
       rows.grad_residual[k] = grad_residual.row(row, k);
       rows.grad_input[k] = grad_input.row(row, k);
@@ -168,30 +174,32 @@ class NormBackwardRows {
 template <class G, class S, bool kHasGradSum, bool kHasBranch>
 void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
   using Acc = Accumulation<G, S>;
-  const ColumnSums<Acc, kNormColumnSums> column_sums({a.grad_weight, a.grad_bias, a.grad_input_bias}, a.rows, a.cols,
-                                                     a.workspace);
+  constexpr int kSums = kHasBranch ? 3 : 2;
+  const Vector gradients[] = {a.grad_weight, a.grad_bias, a.grad_input_bias};
+  const ColumnSums<Acc, kSums> column_sums(gradients, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
     const NormBackwardRows<G, S> operands(a, kHasBranch ? a.dropout : Dropout{}, buffers);
     const bool stream =
         operands.grad_residual.may_stream(a.rows) && (!kHasBranch || operands.grad_input.may_stream(a.rows));
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
-    Acc* const sums[kNormColumnSums] = {buffers.take<Acc>(a.cols), buffers.take<Acc>(a.cols),
-                                        buffers.take<Acc>(a.cols)};
-    const auto rows = [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
-      const auto group = operands.template group<count>(first);
-      NormBackwardTerms<Acc> terms[count];
-      norm_backward_sums(group, a.cols, weight, terms);
-      with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
-        norm_backward_apply<kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms, operands.dropout, sums);
+    Acc* scratch[kSums];
+    for (Acc*& sum : scratch) sum = buffers.take<Acc>(a.cols);
+    const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[kSums]) {
+      for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+        const auto group = operands.template group<count>(first);
+        NormBackwardTerms<Acc> terms[count];
+        norm_backward_sums(group, a.cols, weight, terms);
+        with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+          norm_backward_apply<kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms, operands.dropout, sums);
+        });
+        for (int k = 0; k < count; ++k) {
+          operands.grad_residual.commit(first + k, k);
+          operands.grad_input.commit(first + k, k);
+        }
       });
-      for (int k = 0; k < count; ++k) {
-        operands.grad_residual.commit(first + k, k);
-        operands.grad_input.commit(first + k, k);
-      }
     };
-    const auto batch = [&](std::int64_t first, std::int64_t last) { for_each_group(first, last, rows); };
-    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+    for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, scratch, batch);
     if (stream) stream_fence();
   });
   column_sums.finish(parallel_for);

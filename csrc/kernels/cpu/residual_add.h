@@ -54,38 +54,39 @@ template <class Stream, class Input>
 void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel_for) {
   using Acc = Accumulation<Stream, Input>;
   using V = Vec<Acc>;
-  const ColumnSums<Acc, 1> column_sums({a.grad_input_bias}, a.rows, a.cols, a.workspace);
+  const ColumnSums<Acc, 1> column_sums(&a.grad_input_bias, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
     const RowReader<Stream> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
     const RowWriter<Input> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup);
     const DropoutRows dropout(a.dropout, a.cols, buffers, kRowsPerGroup);
-    Acc* const sums[1] = {buffers.take<Acc>(a.cols)};
+    Acc* const scratch[] = {buffers.take<Acc>(a.cols)};
     const bool stream = grad_input.may_stream(a.rows);
     with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
-      const auto rows = [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
-        const Stream* from[count];
-        const std::uint16_t* draws[count];
-        Input* to[count];
-        unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
-          from[k] = grad_output.row(first + k, k);
-          draws[k] = dropout.row(first + k, k);
-          to[k] = grad_input.row(first + k, k);
-        });
-        for_each_vector<Acc, 1>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-          V sum = {};
+      const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[1]) {
+        for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+          const Stream* from[count];
+          const std::uint16_t* draws[count];
+          Input* to[count];
           unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
-            const V scaled = V::load(from[k] + i, lanes) * V::broadcast(static_cast<Acc>(dropout.scale));
-            const V grad = scaled.keep(draws[k] + i, dropout.threshold);
-            put<kStream>(grad, to[k] + i, lanes);
-            sum = k == 0 ? grad : sum + grad;
+            from[k] = grad_output.row(first + k, k);
+            draws[k] = dropout.row(first + k, k);
+            to[k] = grad_input.row(first + k, k);
           });
-          (V::load(sums[0] + i, lanes) + sum).store(sums[0] + i, lanes);
+          for_each_vector<Acc, 1>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
+            V sum = {};
+            unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
+              const V scaled = V::load(from[k] + i, lanes) * V::broadcast(static_cast<Acc>(dropout.scale));
+              const V grad = scaled.keep(draws[k] + i, dropout.threshold);
+              put<kStream>(grad, to[k] + i, lanes);
+              sum = k == 0 ? grad : sum + grad;
+            });
+            (V::load(sums[0] + i, lanes) + sum).store(sums[0] + i, lanes);
+          });
+          for (int k = 0; k < count; ++k) grad_input.commit(first + k, k);
         });
-        for (int k = 0; k < count; ++k) grad_input.commit(first + k, k);
       };
-      const auto batch = [&](std::int64_t first, std::int64_t last) { for_each_group(first, last, rows); };
-      for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, sums, batch);
+      for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, scratch, batch);
     });
     if (stream) stream_fence();
   });

@@ -30,6 +30,13 @@ struct ResidualSums {
   }
 };
 
+// What comes after a group of rows, to be prefetched.
+template <class Input, class Residual, int kRows>
+struct NextResidualRows {
+  const Input* input[kRows];
+  const Residual* residual[kRows];
+};
+
 // Reads the operands that add_layer_norm and residual_add have in common.
 template <class Input, class Residual, class Acc>
 class ResidualSumRows {
@@ -52,9 +59,14 @@ class ResidualSumRows {
     return f(sums<kRows, false, false>(first));
   }
 
-  RESNORM_INLINE void prefetch(std::int64_t row, std::int64_t i) const {
-    input_.prefetch(row, i);
-    residual_.prefetch(row, i);
+  template <int kRows>
+  RESNORM_INLINE NextResidualRows<Input, Residual, kRows> next(std::int64_t first) const {
+    NextResidualRows<Input, Residual, kRows> next;
+    for (int k = 0; k < kRows; ++k) {
+      next.input[k] = input_.next(first + k, kRows);
+      next.residual[k] = residual_.next(first + k, kRows);
+    }
+    return next;
   }
 
  private:

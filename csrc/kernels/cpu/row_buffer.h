@@ -76,16 +76,12 @@ class RowReader {
     return converted(row, slot);
   }
 
-  // Asks for a line of a row that is read soon. A core has a few loads from memory under way at a time, and the
-  // hardware's own prefetching stops at every page; the sweeps that read from the caches only can ask meanwhile. Rows
-  // of a usual size fit the first cache beside those at work, longer ones the second.
-  RESNORM_INLINE void prefetch(std::int64_t row, std::int64_t i) const {
-    const T* address = static_cast<const T*>(rows_.data) + row * rows_.row_stride + i;
-    if (fits_) {
-      __builtin_prefetch(address, 0, 3);
-    } else {
-      __builtin_prefetch(address, 0, 2);
-    }
+  // The row to be prefetched by a sweep over `row` that reads from the caches: the one `rows` on. A core has a few
+  // loads from memory under way at a time, and the hardware's own prefetching stops at every page. Where the first
+  // cache does not hold the next rows beside those at work, it is the row itself, which is there already.
+  RESNORM_INLINE const T* next(std::int64_t row, int rows) const {
+    if (buffer_ != nullptr) return buffer_;
+    return static_cast<const T*>(rows_.data) + (row + (fits_ ? rows : 0)) * rows_.row_stride;
   }
 
  private:

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Mean and variance of rows, exact where one-sweep formulas are not: for rows far from zero.
 //
-// A piece of a row that fits the first cache is swept twice: a sum gives its mean, and with d = x - mean the second
-// sweep finds what rounding lost of it, delta = sum(d) / N, and the squares about it, sum(d^2) - N delta^2. Pieces are
-// merged in double (Chan et al. 1979), so a row is read from memory once, however long. A constant row's mean is exact.
+// With a base near the mean, the mean of a row's first vector, one sweep sums d = x - base and d^2, of numbers as small
+// as the row's deviations. Where the first vector turns out to be unlike its row, the sweep is repeated from the mean.
+// A constant row's mean is exact.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,58 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-// Independent accumulators of one row; the two sums of the second sweep, for all rows of a group, must fit in
-// registers.
-inline constexpr int kSlots = kRegisters / 8;
-
-// The two rows of the group that comes next, to be prefetched: half of it beside each of the sweeps that read from the
-// caches, because a core can wait for a few lines only at a time.
-struct NextRows {
-  NextRows(std::int64_t next, std::int64_t end)
-      : first(next < end ? next : end - 1), second(next + 1 < end ? next + 1 : end - 1) {}
-
-  std::int64_t first, second;
+// Sums over a row of d = x - base and of its square.
+template <class Acc>
+struct Moments {
+  Acc base = 0;
+  double deviations = 0, squares = 0;
 };
+
+// The sums in the making. Long rows are summed in pieces: see for_each_piece.
+template <class Acc>
+class MomentSums {
+ public:
+  using V = Vec<Acc>;
+  static constexpr int kSlots = 2;  // more, for a group of rows, would not stay in registers
+
+  RESNORM_INLINE void set_base(Acc base) {
+    moments_.base = base;
+    base_ = V::broadcast(base);
+  }
+
+  template <class Lanes>
+  RESNORM_INLINE void add(int slot, V x, Lanes lanes) {
+    const V deviation = (x - base_).only(lanes);
+    deviations_[slot] = deviations_[slot] + deviation;
+    squares_[slot] = fma(deviation, deviation, squares_[slot]);
+  }
+
+  RESNORM_INLINE void end_piece() {
+    moments_.deviations += total(deviations_);
+    moments_.squares += total(squares_);
+    unrolled<kSlots>([&](auto slot) RESNORM_INLINE_LAMBDA { deviations_[slot] = squares_[slot] = V{}; });
+  }
+
+  RESNORM_INLINE Moments<Acc> moments() const { return moments_; }
+
+ private:
+  V base_ = {}, deviations_[kSlots] = {}, squares_[kSlots] = {};
+  Moments<Acc> moments_;
+};
+
+template <class Acc, class T>
+RESNORM_NOINLINE Moments<Acc> moments_about(Acc base, const T* row, std::int64_t cols) {
+  using Sums = MomentSums<Acc>;
+  Sums sums;
+  sums.set_base(base);
+  for_each_piece<Acc, Sums::kSlots>(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+    for_each_vector<Acc, Sums::kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
+      sums.add(slot, Vec<Acc>::load(row + begin + i, lanes), lanes);
+    });
+    sums.end_piece();
+  });
+  return sums.moments();
+}
 
 // x - mean - delta is a deviation: delta is what the mean's type cannot hold of it.
 template <class Acc>
@@ -32,56 +72,51 @@ struct RowStatistics {
   Acc mean, delta, rstd;
 };
 
-// value(k, i, lanes) is a vector of row k, asked for once each and in order; from then on it can be read at rows[k] +
-// i. `prefetch(i)` is called beside the second sweep, which leaves the memory idle.
-template <class Acc, int kRows, class Pointer, class Value, class Prefetch>
-RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& value, const Pointer (&rows)[kRows],
-                                   RowStatistics<Acc> (&statistics)[kRows], const Prefetch& prefetch) {
-  using V = Vec<Acc>;
-  // The mean so far is base + offset, so that a mean far from zero keeps its digits.
-  double bases[kRows] = {}, offsets[kRows] = {}, squares[kRows] = {};
-  for_each_piece(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
-    V sums[kRows][kSlots] = {};
-    for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-      unrolled<kRows>([&](auto k)
-                          RESNORM_INLINE_LAMBDA { sums[k][slot] = sums[k][slot] + value(k, begin + i, lanes); });
-    });
-    const double count = static_cast<double>(size), reciprocal_count = 1.0 / count;
-    Acc means[kRows];
-    unrolled<kRows>([&](auto k)
-                        RESNORM_INLINE_LAMBDA { means[k] = static_cast<Acc>(total(sums[k]) * reciprocal_count); });
-    V deviation_sums[kRows][kSlots] = {}, square_sums[kRows][kSlots] = {};
-    for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
-      prefetch(begin + i);
-      unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-        const V deviation = (V::load(rows[k] + begin + i, lanes) - V::broadcast(means[k])).only(lanes);
-        deviation_sums[k][slot] = deviation_sums[k][slot] + deviation;
-        square_sums[k][slot] = fma(deviation, deviation, square_sums[k][slot]);
-      });
-    });
-    const double share = count / static_cast<double>(begin + size);
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      // Divided: the delta of a constant row is exact.
-      const double delta = total(deviation_sums[k]) / count, square = total(square_sums[k]) - count * delta * delta;
-      if (begin == 0) bases[k] = means[k];
-      const double distance = (means[k] - bases[k]) + delta - offsets[k];
-      offsets[k] += distance * share;
-      squares[k] += square + distance * distance * share * static_cast<double>(begin);
-    });
-  });
-  // A handful of double operations a row, where float ones would leave the same relative error in every element. They
-  // also keep rows of huge values from Inf - Inf.
+// From its moments; a row's values can be read at `row`. A handful of double operations a row, where float ones would
+// leave the same relative error in every element.
+template <class Acc, class T>
+RESNORM_INLINE RowStatistics<Acc> statistics_from(Moments<Acc> moments, const T* row, std::int64_t cols, double eps) {
   const double reciprocal_cols = 1.0 / static_cast<double>(cols);
-  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-    const double variance = squares[k] * reciprocal_cols;
-    const Acc mean = static_cast<Acc>(bases[k] + offsets[k]);
-    statistics[k] = {mean, static_cast<Acc>((bases[k] - mean) + offsets[k]),
-                     static_cast<Acc>(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps))};
+  const auto offset = [&] { return moments.deviations * reciprocal_cols; };
+  const auto variance = [&] { return moments.squares * reciprocal_cols - offset() * offset(); };
+  // A base farther from the mean than that would double the rounding errors, and soon worse.
+  if (offset() * offset() > variance()) [[unlikely]] {
+    moments = moments_about(static_cast<Acc>(moments.base + offset()), row, cols);
+  }
+  const Acc mean = static_cast<Acc>(moments.base + offset());
+  return {mean, static_cast<Acc>((moments.base - mean) + offset()),
+          static_cast<Acc>(1.0 / __builtin_sqrt((variance() < 0.0 ? 0.0 : variance()) + eps))};
+}
+
+// value(k, i, lanes) is a vector of row k, asked for once each and in order; from then on it can be read at rows[k] +
+// i.
+template <class Acc, int kRows, class Pointer, class Value>
+RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& value, const Pointer (&rows)[kRows],
+                                   RowStatistics<Acc> (&statistics)[kRows]) {
+  using V = Vec<Acc>;
+  using Sums = MomentSums<Acc>;
+  Sums sums[kRows];
+  const auto start = [&](auto lanes) RESNORM_INLINE_LAMBDA {
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+      const V x = value(k, 0, lanes);
+      sums[k].set_base(kSame<decltype(lanes), AllLanes> ? x.sum() * (Acc(1) / V::kSize) : x.first());
+      sums[k].add(0, x, lanes);
+    });
+  };
+  cols < V::kSize ? start(FirstLanes{static_cast<int>(cols)}) : start(AllLanes{});
+  for_each_piece<Acc, Sums::kSlots>(cols - V::kSize, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+    for_each_vector<Acc, Sums::kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
+      unrolled<kRows>([&](auto k)
+                          RESNORM_INLINE_LAMBDA { sums[k].add(slot, value(k, V::kSize + begin + i, lanes), lanes); });
+    });
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { sums[k].end_piece(); });
   });
+  unrolled<kRows>(
+      [&](auto k) RESNORM_INLINE_LAMBDA { statistics[k] = statistics_from(sums[k].moments(), rows[k], cols, eps); });
 }
 
 // output = (x - mean) * rstd * weight + bias. `also(k, i, x, lanes)` sees every vector before its output is written;
-// `prefetch(i)` as above.
+// `prefetch(k, i)` is called beside every vector: this sweep reads from the caches and leaves the memory idle.
 template <bool kStream, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
 RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t cols,
                                    const RowStatistics<Acc> (&statistics)[kRows], const Acc* weight, const Acc* bias,
@@ -94,7 +129,7 @@ RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t co
     shifts[k] = V::broadcast(-statistics[k].delta * statistics[k].rstd);
   });
   for_each_vector<Acc, 2>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-    prefetch(i);
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { prefetch(k, i); });
     const V w = V::load(weight + i, lanes), b = V::load(bias + i, lanes);
     V values[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {

@@ -85,6 +85,11 @@ RESNORM_INLINE void put_rows(const V (&values)[kRows], T* const (&to)[kRows], st
   }
 }
 
+template <class T>
+RESNORM_INLINE void prefetch(const T* address) {
+  __builtin_prefetch(address, 0, 3);
+}
+
 // body(Index<flag>): for a flag that a loop is compiled for.
 template <class Body>
 RESNORM_INLINE void with_flag(bool flag, const Body& body) {
@@ -108,14 +113,17 @@ RESNORM_INLINE void for_each_vector(std::int64_t cols, const Body& body) {
   }
 }
 
-// body(begin, size) for every piece of a long row. One accumulator that ran through all of it would round each element
-// to the scale of their sum; pieces' sums are small, and a few of them can be added in double.
-template <class Body>
+// body(begin, size) for every piece of a long row, and once where there is nothing of it. A piece gives none of kSlots
+// accumulators more than 32 vectors: one that ran through the whole row would round each element to the scale of their
+// sum, and always the same way where elements are multiples of a power of two. The pieces' sums are added in double.
+template <class Acc, int kSlots, class Body>
 RESNORM_INLINE void for_each_piece(std::int64_t cols, const Body& body) {
-  constexpr std::int64_t kPiece = 2048;
-  for (std::int64_t begin = 0; begin < cols; begin += kPiece) {
+  constexpr std::int64_t kPiece = 32 * kSlots * Vec<Acc>::kSize;
+  std::int64_t begin = 0;
+  do {
     body(begin, cols - begin < kPiece ? cols - begin : kPiece);
-  }
+    begin += kPiece;
+  } while (begin < cols);
 }
 
 // The sum over all slots and lanes.

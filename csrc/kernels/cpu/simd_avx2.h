@@ -8,7 +8,6 @@ namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
 inline constexpr bool kHasHalfLoops = true;
-inline constexpr int kRegisters = 16;
 
 RESNORM_INLINE __m256i mask32(FirstLanes lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -172,6 +171,7 @@ struct Vec<double> {
 
   RESNORM_INLINE void stream(double* to) const { _mm256_stream_pd(to, v); }
 
+  RESNORM_INLINE double first() const { return _mm256_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));

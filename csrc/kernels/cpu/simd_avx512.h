@@ -13,7 +13,6 @@ namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
 inline constexpr bool kHasHalfLoops = true;
-inline constexpr int kRegisters = 32;
 
 RESNORM_INLINE __mmask16 mask(FirstLanes lanes) { return static_cast<__mmask16>((1U << lanes.count) - 1U); }
 
@@ -207,6 +206,7 @@ struct Vec<double> {
 
   RESNORM_INLINE void stream(double* to) const { _mm512_stream_pd(to, v); }
 
+  RESNORM_INLINE double first() const { return _mm512_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
 
   RESNORM_INLINE Vec only(AllLanes) const { return *this; }

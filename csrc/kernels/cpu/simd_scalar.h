@@ -8,7 +8,6 @@ namespace {
 
 // Loops of their own for half types would not be fast here: rows of them are converted first.
 inline constexpr bool kHasHalfLoops = false;
-inline constexpr int kRegisters = 16;
 
 RESNORM_INLINE void stream_fence() {}
 
