@@ -125,7 +125,15 @@ def _our_add_backward(gradients, x, r, shape, weight, bias, eps) -> Call:
     parameters = (shape, weight, bias)
     _, s, mean, rstd = torch.ops.resnorm._add_layer_norm_forward(x, r, *parameters, eps, None, 0.0, None, None)
     saved = (s, *parameters, None, mean, rstd, eps, 0.0, None, s.dtype)
-    return partial(torch.ops.resnorm._add_layer_norm_backward, *gradients, *saved, _wanted(x, r, weight, bias, None))
+    shared = x.dtype == r.dtype  # autograd hands out one gradient twice then
+    wanted = _wanted(None if shared else x, r, weight, bias, None)
+    backward = partial(torch.ops.resnorm._add_layer_norm_backward, *gradients, *saved, wanted)
+
+    def call():
+        dx, dr, *parameters = backward()
+        return dr if shared else dx, dr, *parameters
+
+    return call
 
 
 def _their_add_backward(gradients, x, r, shape, weight, bias, eps) -> Call:

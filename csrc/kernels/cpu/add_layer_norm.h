@@ -24,11 +24,12 @@ void add_layer_norm_rows(const AddLayerNormForward& a, std::int64_t begin, std::
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = vector_or(a.bias, Acc(0), a.cols, buffers);
   const auto apart = [&](const Rows& result) { return result.data != a.input.data && result.data != a.residual.data; };
-  const bool streams_sum = apart(a.sum) && rounded.may_stream(a.rows);
+  const int matrices = a.sum.data == nullptr ? 3 : 4;
+  const bool streams_sum = apart(a.sum) && rounded.may_stream(a.rows, matrices);
   // A sum that is stored unrounded, and not past the caches, is read again where it lies.
   const bool in_place = kSame<Sum, Acc> && a.sum.data != nullptr && !streams_sum;
   const bool writes_sum = a.sum.data != nullptr && !in_place;
-  const bool stream = apart(a.output) && output.may_stream(a.rows) && (streams_sum || !writes_sum);
+  const bool stream = apart(a.output) && output.may_stream(a.rows, matrices) && (streams_sum || !writes_sum);
   Acc* buffer = in_place ? nullptr : buffers.take<Acc>(kRowsPerGroup * a.cols);
   for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;

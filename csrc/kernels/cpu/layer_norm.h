@@ -20,7 +20,7 @@ void layer_norm_rows(const LayerNormForward& a, std::int64_t begin, std::int64_t
   const RowWriter<T> output(a.output, a.cols, buffers, kRowsPerGroup);
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = vector_or(a.bias, Acc(0), a.cols, buffers);
-  const bool stream = a.output.data != a.input.data && output.may_stream(a.rows);
+  const bool stream = a.output.data != a.input.data && output.may_stream(a.rows, 2);
   for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
     const T *inputs[kRows], *next[kRows];

@@ -180,8 +180,9 @@ void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
     const NormBackwardRows<G, S> operands(a, kHasBranch ? a.dropout : Dropout{}, buffers);
-    const bool stream =
-        operands.grad_residual.may_stream(a.rows) && (!kHasBranch || operands.grad_input.may_stream(a.rows));
+    constexpr int kMatrices = 3 + kHasGradSum + kHasBranch;
+    const bool stream = operands.grad_residual.may_stream(a.rows, kMatrices) &&
+                        (!kHasBranch || operands.grad_input.may_stream(a.rows, kMatrices));
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
     Acc* scratch[kSums];
     for (Acc*& sum : scratch) sum = buffers.take<Acc>(a.cols);

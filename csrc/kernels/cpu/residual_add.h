@@ -19,7 +19,7 @@ void residual_add_rows(const ResidualAddForward& a, std::int64_t begin, std::int
   RowBuffers buffers;
   const ResidualSumRows<Input, Stream, Acc> sums(a, buffers);
   const RowWriter<Stream> output(a.output, a.cols, buffers);
-  const bool stream = a.output.data != a.input.data && a.output.data != a.residual.data && output.may_stream(a.rows);
+  const bool stream = a.output.data != a.input.data && a.output.data != a.residual.data && output.may_stream(a.rows, 3);
   with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
     for (std::int64_t row = begin; row < end; ++row) {
       Stream* to = output.row(row);
@@ -61,7 +61,7 @@ void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel
     const RowWriter<Input> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup);
     const DropoutRows dropout(a.dropout, a.cols, buffers, kRowsPerGroup);
     Acc* const scratch[] = {buffers.take<Acc>(a.cols)};
-    const bool stream = grad_input.may_stream(a.rows);
+    const bool stream = grad_input.may_stream(a.rows, 2);
     with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[1]) {
         for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {

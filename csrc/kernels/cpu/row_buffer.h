@@ -114,12 +114,13 @@ class RowWriter {
     return buffer_ == nullptr ? static_cast<T*>(rows_.data) + row * rows_.row_stride : buffer_ + slot * slot_stride_;
   }
 
-  // Whether the rows are better written past the caches, which saves reading what is overwritten: where there are so
-  // many that the caches cannot hold them until somebody reads them. Streaming stores need whole lines.
-  bool may_stream(std::int64_t rows) const {
+  // Whether the rows are better written past the caches, which saves reading what is overwritten: where so many
+  // matrices of `rows` rows are read and written that the caches do not hold these until somebody reads them. Streaming
+  // stores need whole lines.
+  bool may_stream(std::int64_t rows, int matrices) const {
     const auto bytes = static_cast<std::uintptr_t>(rows_.row_stride) * sizeof(T);
     return buffer_ == nullptr && (reinterpret_cast<std::uintptr_t>(rows_.data) | bytes) % kLineBytes == 0 &&
-           rows >= kStreamedBytes / static_cast<std::int64_t>(sizeof(T)) / cols_;
+           rows >= kStreamedBytes / static_cast<std::int64_t>(sizeof(T)) / matrices / cols_;
   }
 
   RESNORM_INLINE void commit(std::int64_t row, int slot = 0) const {

@@ -14,8 +14,8 @@ inline constexpr std::int64_t kElementsPerTask = 32 * 1024;
 // additions hide the latency of another's. More rows of a usual size would not fit the first cache.
 inline constexpr int kRowsPerGroup = 2;
 
-// A result of as many bytes is written past the caches: half of the last cache that a few cores share on most machines,
-// whose other half holds what the result is made from. A constant, as systems report that cache wrongly to guests.
+// What moves as many bytes writes past the caches: half of the last cache that a few cores share on most machines. A
+// constant, as systems report that cache wrongly to guests.
 inline constexpr std::int64_t kStreamedBytes = 16 * 1024 * 1024;
 
 inline constexpr std::size_t kLineBytes = 64;
