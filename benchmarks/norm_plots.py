@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One picture for a configuration: a panel for each operation and dtype, bandwidth over bytes moved."""
+"""Two pictures of a configuration: of every case, a panel for each operation and dtype with bandwidth over bytes moved;
+and of all cases of an operation together, how much longer each peer takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-from results import COPY, OURS, Cell, Configuration
+from results import COPY, OURS, Cell, Configuration, geometric_mean
 
 # Okabe and Ito's colours: told apart by everybody.
 COLOURS = {
@@ -47,6 +50,43 @@ def plot(configuration: Configuration, path: Path) -> None:
     figure.suptitle(configuration.title(), fontsize=11)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def plot_summary(configuration: Configuration, path: Path) -> None:
+    """An SVG, which is text and small: what a README shows."""
+    groups = {title: _mean_speedups(cells) for title, cells in _panels(configuration).items()}
+    peers = [peer for peer in COLOURS if any(peer in means for means in groups.values())]
+    if not peers:
+        return
+    bars = [(title, peer, groups[title][peer]) for title in groups for peer in peers if peer in groups[title]]
+    figure = Figure(figsize=(9, 0.8 + 0.21 * len(bars) + 0.18 * len(groups)), layout="constrained")
+    axis = figure.subplots()
+    heights, ticks, top = [], {}, 0.0
+    for index, (title, _, _) in enumerate(bars):
+        top += 1.0 if index and bars[index - 1][0] == title else 1.8
+        heights.append(top)
+        ticks.setdefault(title, []).append(top)
+    lengths, colours = [length for _, _, length in bars], [COLOURS[peer] for _, peer, _ in bars]
+    for label in axis.bar_label(axis.barh(heights, lengths, 0.86, color=colours), fmt=" %.2f×"):
+        label.set_fontsize(8)
+    axis.axvline(1.0, color="0.3", linewidth=1)
+    axis.set_yticks([sum(places) / len(places) for places in ticks.values()], list(ticks), fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max(lengths))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g×"))
+    axis.set_xlabel(f"times as long as {OURS}, geometric mean over the cases", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(configuration.title(), fontsize=8, loc="right")
+    figure.legend(
+        [Patch(color=COLOURS[peer]) for peer in peers], peers, loc="outside upper left", ncols=len(peers), frameon=False
+    )
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": OURS}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _mean_speedups(cells: list[Cell]) -> dict[str, float]:
+    ratios = {peer: [ratio for cell in cells if (ratio := cell.speedup(peer))] for peer in COLOURS if peer != OURS}
+    return {peer: geometric_mean(values) for peer, values in ratios.items() if values}
 
 
 def _panels(configuration: Configuration) -> dict[str, list[Cell]]:

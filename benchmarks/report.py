@@ -14,7 +14,7 @@ from pathlib import Path
 
 from goals import Goal, goals_for
 from norm_operations import Case
-from norm_plots import plot
+from norm_plots import plot, plot_summary
 from results import COPY, OURS, Cell, Configuration, load
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.output.mkdir(parents=True, exist_ok=True)
             picture = options.output / f"{_file_name(configuration)}.png"
             plot(configuration, picture)
+            plot_summary(configuration, picture.with_suffix(".svg"))
             document += [f"![Bandwidth of every contender]({picture.name})", ""]
         document += _markdown(cases)
     if options.output:

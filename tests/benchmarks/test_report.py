@@ -59,6 +59,8 @@ def test_goals_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture):
     printed = capsys.readouterr().out
     assert "NVIDIA H100 80GB HBM3" in printed and "≥ 2.70 TB/s" in printed
     (picture,) = (tmp_path / "report").glob("norm-cuda-*.png")
+    summary = picture.with_suffix(".svg").read_text()
+    assert "layer_norm, bfloat16" in summary and "1.95×" in summary and "torch" in summary
     document = (tmp_path / "report" / "report.md").read_text()
     assert (
         picture.name in document
