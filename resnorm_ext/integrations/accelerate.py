@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 from torch import nn
@@ -14,23 +13,33 @@ from torch import nn
 from .._extension import ensure_loaded, extension
 from ..engine.linear import LinearShape, choose_backends, forget_linears
 from . import torch_nn
-from .replace import Finding, Unusable, add_pre_hook, is_replaced, original_class, put_back, remove_pre_hook, replace
+from .replace import (
+    Finding,
+    Integration,
+    Unusable,
+    add_pre_hook,
+    is_replaced,
+    original_class,
+    put_back,
+    remove_pre_hook,
+    replace,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The integration of a library's model, which only those models need that hold one of its modules.
-_INTEGRATIONS = {"transformers.models.bert.modeling_bert": "bert"}
+# The integrations of a library's models, which only those models need that hold one of its modules.
+_INTEGRATIONS = {f"transformers.models.{name}.modeling_{name}": name for name in ("bert", "roberta", "xlm_roberta")}
 
 
 def accelerate(model: Model) -> Model:
     """Makes ``model`` faster in place, and returns it.
 
     What it recognises in this instance (``nn.LayerNorm``, ``nn.TransformerEncoder`` and its layers, Hugging Face's
-    BERT) goes on with this package's operators: in inference on padding-free batches with the faster of two libraries
-    for the linear layers, in training with fused dropout, residual add and norm. Parameters, state_dict keys, hooks,
-    copies and pickles are as before. A second call changes nothing; :func:`restore` puts everything back;
-    :func:`report` tells what was done. Which way a call takes is decided at that call, so adapters, hooks, dtypes and
-    modes may change later.
+    BERT, RoBERTa and XLM-RoBERTa) goes on with this package's operators: in inference on padding-free batches with the
+    faster of two libraries for the linear layers, in training with fused dropout, residual add and norm. Parameters,
+    state_dict keys, hooks, copies and pickles are as before. A second call changes nothing; :func:`restore` puts
+    everything back; :func:`report` tells what was done. Which way a call takes is decided at that call, so adapters,
+    hooks, dtypes and modes may change later.
 
     Outputs equal the original's at unmasked positions within rounding. Padded positions are zeros where a call has run
     without padding. On the CPU a second, packed copy of the linear layers' weights may be kept for inference; it is
@@ -138,12 +147,12 @@ def _check_module(model: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
 
 
-def _integrations() -> Iterator[ModuleType | Unusable]:
+def _integrations() -> Iterator[Integration]:
     yield torch_nn
     for library, name in _INTEGRATIONS.items():
         if library in sys.modules:
             try:
-                yield importlib.import_module(f".{name}", __package__)
+                yield importlib.import_module(f".{name}", __package__).INTEGRATION
             except ImportError as error:
                 yield Unusable(library, error)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
@@ -26,6 +26,19 @@ class Finding(NamedTuple):
     module: nn.Module
     replacement: type[nn.Module] | None
     reason: str | None = None
+
+
+class Integration(Protocol):
+    """What ``accelerate`` asks of a library's models."""
+
+    def find(self, model: nn.Module) -> Iterator[Finding]:
+        """The modules of ``model`` that are replaced, and those of their kind that are not."""
+
+    def hooks(self, model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+        """The modules of ``model`` that get a forward pre-hook, and the hook."""
+
+    def linear_shapes(self, model: nn.Module) -> Iterator[LinearShape]:
+        """Of the linear layers that inference multiplies by itself."""
 
 
 class Unusable:
