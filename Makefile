@@ -29,7 +29,8 @@ bench: $(VENV)/built $(PEERS)/installed
 	$(BENCH) --threads 1 --isa avx2
 	$(BENCH) --threads 2 --isa avx2
 	$(BENCH) --threads 2 --allocator default --only 16384
-	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl --output $(OUT)
+	$(BIN)/python benchmarks/bench_activation.py --output $(OUT)/activation.jsonl $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl $(OUT)/activation.jsonl --output $(OUT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

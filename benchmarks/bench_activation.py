@@ -2,6 +2,7 @@
 """bias + GELU, in both forms, and bias + ReLU on the CPU, forward and backward, against PyTorch, eager and compiled.
 
 python benchmarks/bench_activation.py --output build/bench/activation.jsonl
+python benchmarks/report.py build/bench/*.jsonl
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product, starmap
 
+import norm_operations
 import torch
 import torch.nn.functional as F
 from harness import environment, parser, start
@@ -39,7 +41,13 @@ class Case:
     columns: int
 
     def __str__(self) -> str:
-        return f"bias + {self.activation}{' backward' * self.backward}, {self.dtype}, {self.rows}×{self.columns}"
+        return str(self.kept_as)
+
+    @property
+    def kept_as(self) -> norm_operations.Case:
+        """The form that results are kept in."""
+        operation = f"bias + {self.activation}{' backward' * self.backward}"
+        return norm_operations.Case(operation, self.dtype, self.rows, self.columns)
 
     def least_bytes(self) -> int:
         """Each input read once, each output written once."""
@@ -73,7 +81,7 @@ def measure(case: Case, timer: CpuTimer, results: Results) -> None:
     measured = timer.measure(calls, case.least_bytes())
     for name, measurement in measured.items():
         error = {"error": errors[name]} if name in errors else {}
-        results.write(asdict(case), name, **measurement.as_dict(), **error, least_bytes=case.least_bytes())
+        results.write(case.kept_as.as_dict(), name, **measurement.as_dict(), **error, least_bytes=case.least_bytes())
     print(f"{case!s:50}", *(f"{name} {m.seconds * 1e6:.1f}" for name, m in measured.items()), "µs", flush=True)
 
 

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write report.md and the plots into this folder")
     parser.add_argument("--cases", action="store_true", help="show every case in the terminal too")
     options = parser.parse_args(arguments)
-    configurations = [c for c in load(options.results) if c.environment["suite"] == "norm"]
+    configurations = [c for c in load(options.results) if c.environment["suite"] in ("norm", "activation")]
     # A terminal's width, or none where the output goes to a file.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     document = ["# Results"]
