@@ -153,9 +153,12 @@ norm_backward(const NormBackwardArguments a) {
   float sums[kSums][kItems][kVector] = {};
   int stage = 0;  // the slots of row sums are taken in turns as the stages are
   static_assert(kBackwardStages == 2);
-  // The threads that meet in row sums have the same rows, and so the same number of rounds.
-  for (std::int64_t row = part_row + group_index * kApart; row < a.rows; row += row_step) {
-    const float mean = a.mean[row], rstd = a.rstd[row];
+  // The same number of rounds for all groups, also for one that has no row in the last: on sm_100 a loop over a group's
+  // own rows spills.
+  for (std::int64_t first_row = part_row; first_row < a.rows; first_row += row_step) {
+    const std::int64_t row = first_row + group_index * kApart;
+    const bool live = row < a.rows;
+    const float mean = live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
     const auto read = [&](int i, float (&x)[kVector], float (&gradient)[kVector], float (&weighted)[kVector]) {
       StagedX::read(staged_x(stage), i, x);
       StagedGradient::read(staged_gradient(stage), i, gradient);
@@ -174,7 +177,7 @@ norm_backward(const NormBackwardArguments a) {
     float totals[3] = {0.0F, 0.0F, 0.0F};  // of g, g * (x - mean), x - mean
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (column_of(i) >= a.cols) continue;
+      if (!live || column_of(i) >= a.cols) continue;
       float x[kVector], gradient[kVector], weighted[kVector];
       read(i, x, gradient, weighted);
 #pragma unroll
@@ -192,7 +195,7 @@ norm_backward(const NormBackwardArguments a) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int column = column_of(i);
-      if (column < a.cols) {
+      if (live && column < a.cols) {
         float x[kVector], gradient[kVector], weighted[kVector], result[kVector];
         read(i, x, gradient, weighted);
         if (has_grad_sum) {

@@ -234,8 +234,8 @@ NORM_BACKWARD = [
         "stage refilled before its use (backward)",
         BACKWARD,
         {
-            "      if (column < a.cols) {": (
-                "      fetch(row + kBackwardStages * row_step, stage, i);\n      if (column < a.cols) {"
+            "      if (live && column < a.cols) {": (
+                "      fetch(row + kBackwardStages * row_step, stage, i);\n      if (live && column < a.cols) {"
             )
         },
     ),
@@ -261,7 +261,7 @@ NORM_BACKWARD = [
     Mutation(
         "tail of the row skipped (backward)",
         BACKWARD,
-        {"if (column_of(i) >= a.cols)": "if (column_of(i) + kVector >= a.cols)"},
+        {"if (!live || column_of(i) >= a.cols)": "if (!live || column_of(i) + kVector >= a.cols)"},
     ),
     Mutation("one slot for all row sums (backward)", BACKWARD, {"slots + stage * slot_size": "slots"}),
     Mutation("groups share their slots (backward)", BACKWARD, {" + group_index * 2 * slot_size": ""}),
