@@ -3,7 +3,7 @@
 before the embeddings to after the last layer; with grad, or where anything about a call asks for the original
 computation, that is what runs, with the residual adds and norms fused.
 
-The way a call takes is decided by the call: see ``_layers_to_run`` for what keeps it from the packed path.
+The way a call takes is decided by the call: see ``layers_to_run`` for what keeps it from the packed path.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from .. import functional
 from ..engine.linear import LinearShape
 from ..engine.packing import pack, unpack
-from ..engine.post_norm import PostNormLayer, encode
-from .bert_layers import NORMS, Classes, acts, encoder_obstacle, linear_shapes, post_norm_layer
+from ..engine.post_norm import encode
+from .bert_layers import Classes
+from .packed_layers import (
+    NORMS,
+    WITHOUT_EFFECT,
+    acts,
+    encoder_obstacle,
+    layers_to_run,
+    linear_shapes,
+    packed_batch_of_encoder,
+)
 from .replace import Finding, is_replaced, named_modules, original_class
 from .transformers import (
     PackedBatch,
     attention_obstacle,
-    captures_outputs,
     carrying,
     hides_first_position,
     is_as_built,
-    key_mask_of,
-    mode_obstacle,
     packing_of_mask,
     stand_in,
     stood_for,
@@ -109,7 +115,7 @@ class PackedEncoder(nn.Module):
         if batch is not None:
             tokens = stood_for(hidden_states)
         else:
-            batch = _packed_batch_of_encoder(self, hidden_states, attention_mask, others)
+            batch = packed_batch_of_encoder(self, self.classes.kind, self.config, hidden_states, attention_mask, others)
             if isinstance(batch, str):
                 _log.debug("%s: original computation, because %s", type(self).__name__, batch)
                 return super().forward(hidden_states, attention_mask, **others)
@@ -122,7 +128,6 @@ class PackedEncoder(nn.Module):
 
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
-_WITHOUT_EFFECT = ("cache_position", "return_dict")  # on what an encoder computes
 
 
 def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -165,9 +170,10 @@ def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> Packe
     if x is None or x.dim() < 2 or x.size(1) + embeddings.first_position() > embeddings.position_ids.size(1):
         return "the arguments are not valid"
     others = {
-        name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_WITHOUT_EFFECT, "use_cache")
+        name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *WITHOUT_EFFECT, "use_cache")
     }
-    layers = _layers_to_run(encoder, x, embeddings.word_embeddings.weight.dtype, others)
+    dtype = embeddings.word_embeddings.weight.dtype
+    layers = layers_to_run(encoder, classes.kind, encoder.config, x, dtype, others)
     if isinstance(layers, str):
         return layers
     if key_mask is not None:
@@ -176,28 +182,6 @@ def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> Packe
         key_mask = key_mask.to(torch.bool)
         if model.pooler is not None and hides_first_position(key_mask):
             return "a pooler reads position 0, which is hidden"
-    return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
-
-
-def _packed_batch_of_encoder(
-    encoder: PackedEncoder, x: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
-) -> PackedBatch | str:
-    """What the encoder's call on padded hidden states packs; or why it cannot."""
-    if captures_outputs():
-        return "hidden states or attention weights are asked for"
-    others = {name: value for name, value in arguments.items() if name not in ("position_ids", *_WITHOUT_EFFECT)}
-    layers = _layers_to_run(encoder, x, x.dtype, others)
-    if isinstance(layers, str):
-        return layers
-    key_mask = None
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool and encoder.config._attn_implementation != "sdpa":
-            return "the attention adds its mask to the scores, and this one is bool"
-        key_mask = key_mask_of(attention_mask, *x.shape[:2])
-        if key_mask is None:
-            return "the attention mask does not only hide keys"
-        if hides_first_position(key_mask):
-            return "position 0 is hidden, and a pooler may read it"
     return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
 
 
@@ -212,27 +196,6 @@ def _embeddings_as_built(embeddings: nn.Module, classes: Classes) -> bool:
         and is_as_built(parts["dropout"], nn.Dropout)
         and not acts(parts["dropout"])
     )
-
-
-def _layers_to_run(
-    encoder: nn.Module, x: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
-) -> list[PostNormLayer] | str:
-    """The encoder's layers for a packed call on ``x`` with these further arguments; or what stands against it."""
-    obstacle = mode_obstacle(x) or attention_obstacle(encoder.config, encoder.classes.eager_attention)
-    if obstacle is not None:
-        return obstacle
-    if x.is_floating_point() and x.dtype != dtype:
-        return f"the input is {x.dtype}, not {dtype}"
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            return f"{name} is given"
-    layers = []
-    for index, module in enumerate(encoder.layer._modules.values()):
-        layer = post_norm_layer(module, encoder.classes, dtype)
-        if isinstance(layer, str):
-            return f"layer.{index}{layer}"
-        layers.append(layer)
-    return layers or "there are no layers"
 
 
 class BertFamily:
@@ -266,14 +229,14 @@ class BertFamily:
 
     def linear_shapes(self, model: nn.Module) -> Iterator[LinearShape]:
         """Of the products that the packed path of ``model`` has."""
-        return linear_shapes(model, self.classes)
+        return linear_shapes(model, self.classes.kind)
 
     def _lasting_obstacle(self, module: nn.Module) -> str | None:
         """What keeps ``module`` from the packed path at every call, as it is now."""
         classes = self.classes
         if isinstance(module, classes.encoder):
             attention = attention_obstacle(module.config, classes.eager_attention)
-            return attention or encoder_obstacle(module, classes)
+            return attention or encoder_obstacle(module, classes.kind)
         if isinstance(module, classes.embeddings) and not _embeddings_as_built(module, classes):
             return "embeddings have hooks or are not as they were built"
         return None

@@ -61,7 +61,7 @@ def mode_obstacle(x: Tensor) -> str | None:
 
 def attention_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
     """What about the attention that ``config`` asks for keeps a call from the packed path."""
-    if config.is_decoder or getattr(config, "is_causal", False):
+    if any(getattr(config, name, False) for name in ("is_decoder", "is_causal")):
         return "the attention is causal"
     implementation = config._attn_implementation
     known = {"eager": (eager_attention, eager_mask), "sdpa": (sdpa_attention_forward, sdpa_mask)}
