@@ -33,13 +33,6 @@ struct NormBackwardGroup {
   G* grad_input[kRows];
   const std::uint16_t* draws[kRows];
   Acc mean[kRows], rstd[kRows];
-
-  // Whether the rounding of a mean counts beside its row's deviations: else it is less than one in 2^23 of them.
-  RESNORM_INLINE bool far() const {
-    bool result = false;
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { result |= !(__builtin_fabs(mean[k] * rstd[k]) <= Acc(2)); });
-    return result;
-  }
 };
 
 // From the first sweep: d = s - mean - delta; grad_residual = grad_sum + g * rstd + d * scale + offset.
@@ -48,8 +41,7 @@ struct NormBackwardTerms {
   Acc delta, scale, offset;
 };
 
-// kFar: a row may lie so far from zero that delta counts.
-template <bool kFar, class G, class S, int kRows, class Acc>
+template <class G, class S, int kRows, class Acc>
 RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& rows, std::int64_t cols, const Acc* weight,
                                        NormBackwardTerms<Acc> (&terms)[kRows]) {
   using V = Vec<Acc>;
@@ -65,13 +57,13 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
         const V d = (V::load(rows.sum[k] + i, lanes) - V::broadcast(rows.mean[k])).only(lanes);
         g_sums[k][slot] = g_sums[k][slot] + g;
         gd_sums[k][slot] = fma(g, d, gd_sums[k][slot]);
-        if constexpr (kFar) d_sums[k][slot] = d_sums[k][slot] + d;
+        d_sums[k][slot] = d_sums[k][slot] + d;
       });
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       g_totals[k] += total(g_sums[k]);
       gd_totals[k] += total(gd_sums[k]);
-      if constexpr (kFar) d_totals[k] += total(d_sums[k]);
+      d_totals[k] += total(d_sums[k]);
     });
   });
   const double reciprocal_cols = 1.0 / static_cast<double>(cols);
@@ -198,8 +190,7 @@ void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
       for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
         const auto group = operands.template group<count>(first);
         NormBackwardTerms<Acc> terms[count];
-        with_flag(group.far(),
-                  [&](auto kFar) RESNORM_INLINE_LAMBDA { norm_backward_sums<kFar>(group, a.cols, weight, terms); });
+        norm_backward_sums(group, a.cols, weight, terms);
         with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
           norm_backward_apply<kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms, operands.dropout, sums);
         });
