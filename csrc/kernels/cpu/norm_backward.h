@@ -4,9 +4,9 @@
 // With x = (s - mean) * rstd and g = grad_output * weight, a row's gradient is
 //   grad_residual = grad_sum + rstd * (g - sum(g) / N - x * sum(g x) / N)
 // and grad_weight = sum over rows of grad_output x, grad_bias = sum over rows of grad_output. With d = s - mean, the
-// first sweep over a row sums g, g d and d (which gives delta, the part of the mean that its float32 does not hold);
-// the second, from the first cache, writes everything. Rows go by groups: weight and column sums are loaded and stored
-// once for all of them.
+// first sweep over a row sums g, g d and d, which gives delta, the distance of the row's mean from `mean`: what float32
+// does not hold of it and, where the sum was rounded to be stored, what that rounding did to it. The second sweep, from
+// the first cache, writes everything. Rows go by groups: weight and column sums are loaded and stored once for all.
 #pragma once
 
 #include <cstdint>
