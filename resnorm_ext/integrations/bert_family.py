@@ -8,7 +8,6 @@ The way a call takes is decided by the call: see ``layers_to_run`` for what keep
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,16 +18,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .. import functional
 from ..engine.linear import LinearShape
-from ..engine.packing import pack, unpack
-from ..engine.post_norm import encode
+from ..engine.packing import pack
 from .bert_layers import Classes
+from .fused_norm import NORMS
 from .packed_layers import (
-    NORMS,
     WITHOUT_EFFECT,
     acts,
+    encode_packed,
     encoder_obstacle,
     layers_to_run,
     linear_shapes,
+    log_obstacle,
     packed_batch_of_encoder,
 )
 from .replace import Finding, is_replaced, named_modules, original_class
@@ -43,8 +43,6 @@ from .transformers import (
     stood_for,
     take_batch,
 )
-
-_log = logging.getLogger(__name__)
 
 
 class PackedEmbeddings(nn.Module):
@@ -117,13 +115,10 @@ class PackedEncoder(nn.Module):
         else:
             batch = packed_batch_of_encoder(self, self.classes.kind, self.config, hidden_states, attention_mask, others)
             if isinstance(batch, str):
-                _log.debug("%s: original computation, because %s", type(self).__name__, batch)
+                log_obstacle(self, batch)
                 return super().forward(hidden_states, attention_mask, **others)
             tokens = pack(hidden_states, batch.packing)
-        packing = batch.packing
-        _log.debug("%s: packed, %d tokens of %d x %d", type(self).__name__, len(tokens), *packing[-3:-1])
-        tokens = encode(tokens, packing.cu_seqlens, batch.layers)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=unpack(tokens, packing))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=encode_packed(self, tokens, batch))
 
 
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

@@ -11,10 +11,8 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from .. import functional
-from ..modules.eligibility import has_global_hooks
-from .packed_layers import NORMS, LayerKind
-from .transformers import is_as_built
+from .fused_norm import NORMS, add_norm
+from .packed_layers import LayerKind
 
 _PARTS = {  # either a role in Classes or the types
     "attention": "attention",
@@ -96,27 +94,4 @@ class FusedOutput(nn.Module):
     """Dropout, residual add and layer norm in one pass."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return _dropout_add_norm(self, self.dense(hidden_states), input_tensor)
-
-
-def _dropout_add_norm(block: FusedOutput, update: Tensor, residual: Tensor) -> Tensor:
-    dropout, norm = block.dropout, block.LayerNorm
-    fuses = (
-        not has_global_hooks()
-        and is_as_built(dropout, nn.Dropout)
-        and is_as_built(norm, *NORMS)
-        and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm
-        and update.shape == residual.shape
-    )
-    if not fuses:
-        return norm(dropout(update) + residual)
-    return functional.add_layer_norm(
-        update,
-        residual,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=dropout.p,
-        training=dropout.training,
-    )
+        return add_norm(self.dense(hidden_states), input_tensor, self.LayerNorm, self.dropout)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,16 +11,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
 
-from .. import functional
 from ..engine.linear import LinearShape
-from ..engine.packing import pack, unpack
-from ..engine.post_norm import encode
-from ..modules.eligibility import has_global_hooks
-from .packed_layers import NORMS, LayerKind, encoder_obstacle, linear_shapes, packed_batch_of_encoder
+from ..engine.packing import pack
+from .fused_norm import NORMS, add_norm
+from .packed_layers import (
+    LayerKind,
+    encode_packed,
+    encoder_obstacle,
+    linear_shapes,
+    log_obstacle,
+    packed_batch_of_encoder,
+)
 from .replace import Finding, original_class
-from .transformers import attention_obstacle, is_as_built
-
-_log = logging.getLogger(__name__)
+from .transformers import attention_obstacle
 
 
 class DistilBertBlock(modeling_distilbert.TransformerBlock):
@@ -29,15 +31,8 @@ class DistilBertBlock(modeling_distilbert.TransformerBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         update, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        hidden_states = _add_norm(update, hidden_states, self.sa_layer_norm)
-        return _add_norm(self.ffn(hidden_states), hidden_states, self.output_layer_norm)
-
-
-def _add_norm(update: Tensor, residual: Tensor, norm: nn.Module) -> Tensor:
-    # The sum of two dtypes has the wider one, and so has its norm.
-    if has_global_hooks() or not is_as_built(norm, *NORMS) or update.dtype != residual.dtype:
-        return norm(update + residual)
-    return functional.add_layer_norm(update, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        hidden_states = add_norm(update, hidden_states, self.sa_layer_norm)
+        return add_norm(self.ffn(hidden_states), hidden_states, self.output_layer_norm)
 
 
 class DistilBertTransformer(modeling_distilbert.Transformer):
@@ -51,13 +46,10 @@ class DistilBertTransformer(modeling_distilbert.Transformer):
             config = self.layer[0].attention.config
             batch = packed_batch_of_encoder(self, _KIND, config, hidden_states, attention_mask, kwargs)
         if isinstance(batch, str):
-            _log.debug("DistilBertEncoder: original computation, because %s", batch)
+            log_obstacle(self, batch)
             return super().forward(hidden_states, attention_mask, **kwargs)
-        packing = batch.packing
-        tokens = pack(hidden_states, packing)
-        _log.debug("DistilBertEncoder: packed, %d tokens of %d x %d", len(tokens), packing.batch_size, packing.length)
-        tokens = encode(tokens, packing.cu_seqlens, batch.layers)
-        return BaseModelOutput(last_hidden_state=unpack(tokens, packing))
+        tokens = pack(hidden_states, batch.packing)
+        return BaseModelOutput(last_hidden_state=encode_packed(self, tokens, batch))
 
 
 _REPLACEMENTS = {

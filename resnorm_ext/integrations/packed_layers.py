@@ -4,6 +4,7 @@ a call may take this path."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import GELUActivation, NewGELUActivation
 
 from ..engine.linear import LinearShape, prepare_linear
-from ..engine.post_norm import Norm, PostNormLayer
-from ..modules import LayerNorm
+from ..engine.packing import unpack
+from ..engine.post_norm import Norm, PostNormLayer, encode
 from ..modules.eligibility import activation_name
 from .replace import named_modules
 from .transformers import (
@@ -30,7 +31,8 @@ from .transformers import (
     packing_of_mask,
 )
 
-NORMS = (LayerNorm, nn.LayerNorm)
+_log = logging.getLogger(__name__)
+
 WITHOUT_EFFECT = ("cache_position", "return_dict")  # on what an encoder computes
 
 
@@ -227,3 +229,16 @@ def layers_to_run(
             return f"layer.{index}{layer}"
         layers.append(layer)
     return layers or "there are no layers"
+
+
+def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """The last layer's output for the packed ``tokens``, padded again."""
+    packing = batch.packing
+    _log.debug(
+        "%s: packed, %d tokens of %d x %d", type(encoder).__name__, len(tokens), packing.batch_size, packing.length
+    )
+    return unpack(encode(tokens, packing.cu_seqlens, batch.layers), packing)
+
+
+def log_obstacle(encoder: nn.Module, obstacle: str) -> None:
+    _log.debug("%s: original computation, because %s", type(encoder).__name__, obstacle)

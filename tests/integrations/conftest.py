@@ -95,8 +95,8 @@ def path_of(caplog) -> Callable[..., str]:
         caplog.clear()
         with caplog.at_level(logging.DEBUG, logger="resnorm_ext"):
             function(*args, **kwargs)
-        messages = [r.getMessage().partition("Encoder: ") for r in caplog.records]
-        (message,) = [text for name, found, text in messages if found and " " not in name]
+        messages = [r.getMessage() for r in caplog.records if r.name.endswith("packed_layers")]
+        (message,) = [message.partition(": ")[2] for message in messages]
         return "packed" if message.startswith("packed") else message.removeprefix("original computation, because ")
 
     return call

@@ -19,7 +19,7 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-enum NormColumnSum { kGradWeight, kGradBias, kGradInputBias };
+enum NormColumnSum { kGradWeight, kGradBias };  // and grad_input_bias, the last, where there is a branch
 
 // G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
 template <class G, class S, int kRows>
