@@ -26,13 +26,13 @@ template <class G, class S, int kRows>
 struct NormBackwardGroup {
   using Acc = Accumulation<G, S>;
 
-  const G *grad_output[kRows], *next_grad_output[kRows];  // the next are to be prefetched
-  const S *sum[kRows], *next_sum[kRows];
-  const S* grad_sum[kRows];
+  const G* grad_output[kRows];
+  const S *sum[kRows], *grad_sum[kRows];
   S* grad_residual[kRows];
   G* grad_input[kRows];
   const std::uint16_t* draws[kRows];
   Acc mean[kRows], rstd[kRows];
+  std::int64_t to_next_grad_output, to_next_sum;  // distances: as many pointers more would not fit the registers
 };
 
 // From the first sweep: d = s - mean - delta; grad_residual = grad_sum + g * rstd + d * scale + offset.
@@ -97,8 +97,8 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
   const std::uint32_t threshold = dropout.threshold;
   for_each_vector<Acc, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      prefetch(rows.next_grad_output[k] + i);
-      prefetch(rows.next_sum[k] + i);
+      prefetch(rows.grad_output[k] + rows.to_next_grad_output + i);
+      prefetch(rows.sum[k] + rows.to_next_sum + i);
     });
     const V w = V::load(weight + i, lanes);
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
@@ -144,12 +144,12 @@ class NormBackwardRows {
   template <int kRows>
   RESNORM_INLINE NormBackwardGroup<G, S, kRows> group(std::int64_t first) const {
     NormBackwardGroup<G, S, kRows> rows;
+    rows.to_next_grad_output = grad_output_.distance_to_next(kRows);
+    rows.to_next_sum = sum_.distance_to_next(kRows);
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const std::int64_t row = first + k;
       rows.grad_output[k] = grad_output_.row(row, k);
-      rows.next_grad_output[k] = grad_output_.next(row, kRows);
       rows.sum[k] = sum_.row(row, k);
-      rows.next_sum[k] = sum_.next(row, kRows);
       rows.grad_sum[k] = grad_sum_.row(row, k);
       rows.grad_residual[k] = grad_residual.row(row, k);
       rows.grad_input[k] = grad_input.row(row, k);

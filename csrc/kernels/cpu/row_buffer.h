@@ -76,12 +76,16 @@ class RowReader {
     return converted(row, slot);
   }
 
-  // The row to be prefetched by a sweep over `row` that reads from the caches: the one `rows` on. A core has a few
-  // loads from memory under way at a time, and the hardware's own prefetching stops at every page. Where the first
-  // cache does not hold the next rows beside those at work, it is the row itself, which is there already.
+  // How far from a row that is `rows` on, which a sweep that reads from the caches prefetches. A core has a few loads
+  // from memory under way at a time, and the hardware's own prefetching stops at every page. Where the first cache does
+  // not hold the next rows beside those at work, it is the row itself, which is there already.
+  RESNORM_INLINE std::int64_t distance_to_next(int rows) const {
+    return buffer_ == nullptr && fits_ ? rows * rows_.row_stride : 0;
+  }
+
   RESNORM_INLINE const T* next(std::int64_t row, int rows) const {
     if (buffer_ != nullptr) return buffer_;
-    return static_cast<const T*>(rows_.data) + (row + (fits_ ? rows : 0)) * rows_.row_stride;
+    return static_cast<const T*>(rows_.data) + row * rows_.row_stride + distance_to_next(rows);
   }
 
  private:
