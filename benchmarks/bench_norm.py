@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from harness import environment, parser, start
 from norm_accuracy import row_accuracy
-from norm_contenders import COMPILED, Call, contenders
+from norm_contenders import COMPILED, WITH_BOTH, Call, contenders
 from norm_operations import OPERATIONS, Case, check, make_inputs
 from results import COPY, OURS, Results
 from timing import CpuTimer, CudaTimer, timer_for
@@ -153,7 +153,10 @@ class Bench:
         """The contenders whose outputs are right, with their errors."""
         inputs = make_inputs(case, self.device)
         calls, errors = {}, {}
-        for name, bind in contenders(case, self.device, inputs.gradients).items():
+        binds = contenders(case, self.device, inputs.gradients)
+        if case.affine != "both":  # whose outputs are checked in the case of both
+            calls[WITH_BOTH] = binds[OURS](*inputs.with_both_parameters().arguments(OPERATIONS[case.operation]))
+        for name, bind in binds.items():
             if not self._takes_part(case, name, compiled_alone):
                 continue
             try:

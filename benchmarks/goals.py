@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from norm_contenders import WITH_BOTH
 from results import COPY, OURS, Cell, Configuration, geometric_mean
 
 BEYOND_CACHE_BYTES = 30e6
@@ -127,8 +128,7 @@ def _of_copy(what: str, target: float, **case: object) -> Goal:
 
 
 def _fewer_parameters(what: str, operation: str) -> Goal:
-    some = {"operation": operation, "affine": ("weight", "bias", "neither")}
-    read = against_other_case(lambda fewer, both: both / fewer, {"affine": "both"}, **some)
+    read = of_cells(lambda cell: cell.speedup(WITH_BOTH), operation=operation, affine=("weight", "bias", "neither"))
     return Goal(f"{what}, fewer parameters against both", 1.0, "×", read)
 
 

@@ -25,6 +25,7 @@ Call = Callable[[], object]
 Bind = Callable[..., Call]
 
 COMPILED = "torch.compile"
+WITH_BOTH = "ours, weight and bias"  # beside ours with fewer parameters
 
 
 def contenders(case: Case, device: str, gradients: tuple[Tensor, ...]) -> dict[str, Bind]:

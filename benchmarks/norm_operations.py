@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,13 @@ class Inputs:
             tensors = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
         *matrices, weight, bias = tensors
         return (*matrices, tuple(self.x.shape[-1:]), weight, bias, EPS)
+
+    def with_both_parameters(self) -> Inputs:
+        """The same, with a weight of ones and a bias of zeros where there is none."""
+        row = self.x[0]
+        weight = torch.ones_like(row) if self.weight is None else self.weight
+        bias = torch.zeros_like(row) if self.bias is None else self.bias
+        return replace(self, weight=weight, bias=bias)
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
