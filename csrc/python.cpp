@@ -98,6 +98,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("kernel_plan", torch::wrap_pybind_function(resnorm::kernel_plan_for_python), py::arg("kernel"),
         py::arg("columns"), py::arg("dtype"), py::kw_only(), py::arg("residual_dtype") = py::none(),
         py::arg("dropout") = false, py::arg("aligned") = true, py::arg("architecture") = 90);
+  m.def("free_workspaces", torch::wrap_pybind_function_no_gil(resnorm::free_workspaces));
   m.def("build_info", resnorm::build_info);
   m.def("cpu_isa", torch::wrap_pybind_function(resnorm::cpu_isa));
   m.def("supported_cpu_isas", resnorm::cpu::supported_isas);

@@ -8,6 +8,7 @@ what was replaced. ``functional`` holds the operators, the modules below have to
 from . import functional
 from ._extension import load_if_built
 from .build_config import VERSION as __version__
+from .engine.workspace import free_workspaces
 from .integrations import accelerate, refresh, report, restore
 from .modules import AddLayerNorm, FeedForward, LayerNorm, SelfAttention, TransformerEncoder, TransformerEncoderLayer
 
@@ -20,6 +21,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "__version__",
     "accelerate",
+    "free_workspaces",
     "functional",
     "refresh",
     "report",

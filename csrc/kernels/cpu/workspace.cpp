@@ -17,14 +17,16 @@ constexpr std::int64_t kMaxRowBlocks = 64;
 
 std::int64_t row_groups(std::int64_t rows) { return (rows + kRowsPerGroup - 1) / kRowsPerGroup; }
 
+struct Buffer {
+  std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
+  std::size_t bytes = 0;
+};
+
+thread_local std::vector<Buffer> buffers;
+
 }  // namespace
 
 void* thread_buffer(std::size_t index, std::size_t bytes) {
-  struct Buffer {
-    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
-    std::size_t bytes = 0;
-  };
-  thread_local std::vector<Buffer> buffers;
   if (index >= buffers.size()) buffers.resize(index + 1);
   Buffer& buffer = buffers[index];
   if (buffer.bytes < bytes) {
@@ -34,6 +36,13 @@ void* thread_buffer(std::size_t index, std::size_t bytes) {
     buffer.bytes = bytes;
   }
   return buffer.memory.get();
+}
+
+std::size_t free_thread_buffers() {
+  std::size_t bytes = 0;
+  for (const Buffer& buffer : buffers) bytes += buffer.bytes;
+  buffers.clear();
+  return bytes;
 }
 
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols) {

@@ -24,6 +24,9 @@ inline constexpr std::size_t kLineBytes = 64;
 // that are too long for the stack cost no fresh pages at every call. A task's buffers differ in `index`.
 void* thread_buffer(std::size_t index, std::size_t bytes);
 
+// Frees those of the calling thread, between its tasks; returns how many bytes they were.
+std::size_t free_thread_buffers();
+
 // A backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends on
 // the sizes only, so that the sums repeat bitwise on any number of threads. A power of two: 1, 2, ... 64.
 std::int64_t row_block_count(std::int64_t rows, std::int64_t cols);

@@ -4,10 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <atomic>
 #include <initializer_list>
 #include <stdexcept>
 
 #include "../../kernels/cpu/dispatch.h"
+#include "../../kernels/cpu/workspace.h"
 #include "../dropout.h"
 
 namespace resnorm {
@@ -41,6 +43,15 @@ const cpu::KernelTable& cpu_kernels() {
 
 void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void* context) {
   at::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+int64_t free_workspaces() {
+  std::atomic<int64_t> bytes = 0;
+  // One piece for each thread of the pool.
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    bytes += static_cast<int64_t>(cpu::free_thread_buffers());
+  });
+  return bytes;
 }
 
 Dropout CpuKernels::dropout(double p, const std::optional<at::Tensor>& seed) {

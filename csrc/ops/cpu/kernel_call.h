@@ -16,6 +16,9 @@ const cpu::KernelTable& cpu_kernels();
 // PyTorch's own thread pool, as the kernels call it.
 void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void* context);
 
+// Frees what the kernels keep on the calling thread and on those of its pool; returns how many bytes that was.
+int64_t free_workspaces();
+
 // One call's, for the operators of ../device.
 class CpuKernels {
  public:

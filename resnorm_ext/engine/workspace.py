@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The memory that CPU kernels keep between calls."""
+
+from __future__ import annotations
+
+from .._extension import ensure_loaded, extension
+
+
+def free_workspaces() -> int:
+    """Frees what CPU kernels keep for their next call, and returns how many bytes that were.
+
+    Each thread that has run kernels keeps some hundred kilobytes, and as much as a few rows where rows are long, until
+    it ends. Freed are those of the calling thread and of PyTorch's pool that works for it; kernels that other Python
+    threads are running are not disturbed.
+    """
+    ensure_loaded()
+    return extension.free_workspaces()
