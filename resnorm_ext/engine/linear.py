@@ -56,25 +56,27 @@ class _Entry(NamedTuple):
 _entries: dict[tuple[int, ...], _Entry] = {}
 
 
-def prepare_linear(*parameters: tuple[Tensor, Tensor | None]) -> PreparedLinear:
+def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool = False) -> PreparedLinear:
     """The linear layer of ``(weight, bias)``, or of several with one input, whose outputs are to lie side by side.
 
-    All weights are on the CPU and of one dtype and in_features. Of several layers all or none have a bias.
+    All weights are on the CPU and of one dtype and in_features: ``(out_features, in_features)``, or where
+    ``transposed`` the other way round. Of several layers all or none have a bias.
     """
     weight, bias = parameters[0]
-    backend = extension.linear_backend(weight.dtype, weight.size(1), sum(w.size(0) for w, _ in parameters))
+    in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    backend = extension.linear_backend(weight.dtype, weight.size(in_dim), sum(w.size(out_dim) for w, _ in parameters))
     if len(parameters) == 1 and (backend == "aten" or weight.is_inference()):
-        return PreparedLinear(weight, bias, False)
+        return PreparedLinear(weight.t() if transposed else weight, bias, False)
     tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):  # they count no versions: their changes would go unnoticed
-        return _prepare(parameters, "aten")
+        return _prepare(parameters, transposed, "aten")
 
-    key = tuple(map(id, tensors))
+    key = (*map(id, tensors), transposed)
     fingerprint = extension.weight_fingerprint(tensors)
     entry = _entries.get(key)
     if entry is None or entry.fingerprint != fingerprint or entry.prepared.uses_onednn != (backend == "onednn"):
         entry = _entries[key] = _Entry(
-            _prepare(parameters, backend),
+            _prepare(parameters, transposed, backend),
             fingerprint,
             tuple(tensor.untyped_storage() for tensor in tensors),
             tuple(weakref.ref(tensor, lambda _: _entries.pop(key, None)) for tensor in tensors),
@@ -82,9 +84,10 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None]) -> PreparedLinear:
     return entry.prepared
 
 
-def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], backend: str) -> PreparedLinear:
+def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], transposed: bool, backend: str) -> PreparedLinear:
     weights, biases = zip(*parameters, strict=True)
-    weight = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+    weights = [weight.detach().t() if transposed else weight.detach() for weight in weights]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = biases[0]
     if bias is not None:  # detached, because a parameter that is held here would never go
         bias = bias.detach() if len(biases) == 1 else torch.cat([bias.detach() for bias in biases])

@@ -29,7 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # The integrations of a library's models, which only those models need that hold one of its modules.
 _INTEGRATIONS = {
-    f"transformers.models.{name}.modeling_{name}": name for name in ("bert", "distilbert", "roberta", "xlm_roberta")
+    f"transformers.models.{name}.modeling_{name}": name
+    for name in ("bert", "distilbert", "gpt2", "roberta", "vit", "xlm_roberta")
 }
 
 
@@ -37,11 +38,11 @@ def accelerate(model: Model) -> Model:
     """Makes ``model`` faster in place, and returns it.
 
     What it recognises in this instance (``nn.LayerNorm``, ``nn.TransformerEncoder`` and its layers, Hugging Face's
-    BERT, DistilBERT, RoBERTa and XLM-RoBERTa) goes on with this package's operators: in inference on padding-free
-    batches with the faster of two libraries for the linear layers, in training with fused dropout, residual add and
-    norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call changes nothing;
-    :func:`restore` puts everything back; :func:`report` tells what was done. Which way a call takes is decided at that
-    call, so adapters, hooks, dtypes and modes may change later.
+    BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in inference with the
+    faster of two libraries for the linear layers, and text encoders on padding-free batches; in training with fused
+    dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call
+    changes nothing; :func:`restore` puts everything back; :func:`report` tells what was done. Which way a call takes is
+    decided at that call, so adapters, hooks, dtypes and modes may change later.
 
     Outputs equal the original's at unmasked positions within rounding. Padded positions are zeros where a call has run
     without padding. On the CPU a second, packed copy of the linear layers' weights may be kept for inference; it is

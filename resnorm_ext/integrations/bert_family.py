@@ -21,13 +21,12 @@ from ..engine.linear import LinearShape
 from ..engine.packing import pack
 from .bert_layers import Classes
 from .fused_norm import NORMS
+from .layer_kind import acts, linear_shapes
 from .packed_layers import (
     WITHOUT_EFFECT,
-    acts,
     encode_packed,
     encoder_obstacle,
     layers_to_run,
-    linear_shapes,
     log_obstacle,
     packed_batch_of_encoder,
 )

@@ -12,7 +12,7 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from .fused_norm import NORMS, add_norm
-from .packed_layers import LayerKind
+from .layer_kind import LayerKind
 
 _PARTS = {  # either a role in Classes or the types
     "attention": "attention",
@@ -66,13 +66,13 @@ class Classes:
             attention="attention.self",
             num_heads="num_attention_heads",
             projections=("attention.self.query", "attention.self.key", "attention.self.value"),
-            attention_dropout="attention.self.dropout",
+            attention_dropout=("attention.self.dropout", "p"),
             attention_output="attention.output.dense",
             attention_norm="attention.output.LayerNorm",
             intermediate="intermediate.dense",
             activation=("intermediate", "intermediate_act_fn"),
             output="output.dense",
-            output_norm="output.LayerNorm",
+            feed_forward_norm="output.LayerNorm",
             dropouts=("attention.output.dropout", "output.dropout"),
             chunked=("", "feed_forward_chunk"),
             eager_attention=self.eager_attention,

@@ -14,14 +14,8 @@ from transformers.models.distilbert import modeling_distilbert
 from ..engine.linear import LinearShape
 from ..engine.packing import pack
 from .fused_norm import NORMS, add_norm
-from .packed_layers import (
-    LayerKind,
-    encode_packed,
-    encoder_obstacle,
-    linear_shapes,
-    log_obstacle,
-    packed_batch_of_encoder,
-)
+from .layer_kind import LayerKind, linear_shapes
+from .packed_layers import encode_packed, encoder_obstacle, log_obstacle, packed_batch_of_encoder
 from .replace import Finding, original_class
 from .transformers import attention_obstacle
 
@@ -71,13 +65,13 @@ _KIND = LayerKind(
     attention="attention",
     num_heads="n_heads",
     projections=_LINEARS[:3],
-    attention_dropout="attention.dropout",
+    attention_dropout=("attention.dropout", "p"),
     attention_output="attention.out_lin",
     attention_norm="sa_layer_norm",
     intermediate="ffn.lin1",
     activation=("ffn", "activation"),
     output="ffn.lin2",
-    output_norm="output_layer_norm",
+    feed_forward_norm="output_layer_norm",
     dropouts=("ffn.dropout",),
     chunked=("ffn", "ff_chunk"),
     eager_attention=modeling_distilbert.eager_attention_forward,

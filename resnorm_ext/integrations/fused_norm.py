@@ -13,24 +13,50 @@ from .transformers import is_as_built
 NORMS = (LayerNorm, nn.LayerNorm)
 
 
-def add_norm(update: Tensor, residual: Tensor, norm: nn.Module, dropout: nn.Module | None = None) -> Tensor:
+def add_norm(update: Tensor, residual: Tensor, norm: nn.Module, dropout: nn.Dropout | None = None) -> Tensor:
     """``norm(dropout(update) + residual)``."""
-    fuses = (
+    if not _fuses(update, residual, norm, dropout):
+        return norm(_dropped(update, dropout) + residual)
+    return _add_layer_norm(update, residual, norm, dropout, prenorm=False)
+
+
+def add_then_norm(
+    update: Tensor, residual: Tensor, norm: nn.Module, dropout: nn.Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` and ``x = dropout(update) + residual``."""
+    if not _fuses(update, residual, norm, dropout):
+        x = _dropped(update, dropout) + residual
+        return norm(x), x
+    return _add_layer_norm(update, residual, norm, dropout, prenorm=True)
+
+
+def add(update: Tensor, residual: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
+    """``dropout(update) + residual``."""
+    if not _fuses(update, residual, None, dropout):
+        return _dropped(update, dropout) + residual
+    return functional.residual_add(update, residual, **_dropout_arguments(dropout))
+
+
+def _fuses(update: Tensor, residual: Tensor, norm: nn.Module | None, dropout: nn.Module | None) -> bool:
+    return (
         not has_global_hooks()
         and (dropout is None or is_as_built(dropout, nn.Dropout))
-        and is_as_built(norm, *NORMS)
+        and (norm is None or is_as_built(norm, *NORMS))
         and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm
         and update.shape == residual.shape
     )
-    if not fuses:
-        return norm((update if dropout is None else dropout(update)) + residual)
-    return functional.add_layer_norm(
-        update,
-        residual,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=0.0 if dropout is None else dropout.p,
-        training=dropout is not None and dropout.training,
-    )
+
+
+def _dropped(update: Tensor, dropout: nn.Module | None) -> Tensor:
+    return update if dropout is None else dropout(update)
+
+
+def _dropout_arguments(dropout: nn.Dropout | None) -> dict[str, float | bool]:
+    return {} if dropout is None else {"dropout_p": dropout.p, "training": dropout.training}
+
+
+def _add_layer_norm(
+    update: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None, *, prenorm: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    parameters = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return functional.add_layer_norm(update, residual, *parameters, prenorm=prenorm, **_dropout_arguments(dropout))

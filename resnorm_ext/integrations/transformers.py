@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..engine.layers import LayerWeights
 from ..engine.packing import Packing, packing_of
-from ..engine.post_norm import PostNormLayer
 from ..modules.eligibility import has_global_hooks, is_eager, is_plain
 
 try:
@@ -63,6 +63,12 @@ def attention_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> s
     """What about the attention that ``config`` asks for keeps a call from the packed path."""
     if any(getattr(config, name, False) for name in ("is_decoder", "is_causal")):
         return "the attention is causal"
+    return implementation_obstacle(config, eager_attention)
+
+
+def implementation_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
+    """What about the implementation of attention that ``config`` names keeps a call from inference on fused operators:
+    it is neither transformers' own eager attention nor its own by scaled_dot_product_attention."""
     implementation = config._attn_implementation
     known = {"eager": (eager_attention, eager_mask), "sdpa": (sdpa_attention_forward, sdpa_mask)}
     if implementation not in known:
@@ -78,7 +84,7 @@ class PackedBatch(NamedTuple):
     """A batch that is to go through ``layers`` without padding."""
 
     packing: Packing
-    layers: list[PostNormLayer]
+    layers: list[LayerWeights]
 
 
 def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:

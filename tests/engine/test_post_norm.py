@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from resnorm_ext._extension import ensure_loaded, extension
-from resnorm_ext.engine import post_norm
+from resnorm_ext.engine import chunks
+from resnorm_ext.engine.layers import LayerWeights, Norm
 from resnorm_ext.engine.linear import prepare_linear
-from resnorm_ext.engine.post_norm import Norm, PostNormLayer, encode
+from resnorm_ext.engine.post_norm import encode
 
 DIM, HEADS, HIDDEN = 16, 2, 24
 LENGTHS = (3, 1, 0, 70, 5)
@@ -29,9 +30,9 @@ def torch_layers(count: int) -> list[nn.TransformerEncoderLayer]:
     return layers
 
 
-def weights_of(layer: nn.TransformerEncoderLayer) -> PostNormLayer:
+def weights_of(layer: nn.TransformerEncoderLayer) -> LayerWeights:
     attention = layer.self_attn
-    return PostNormLayer(
+    return LayerWeights(
         HEADS,
         (DIM / HEADS) ** -0.5,
         prepare_linear((attention.in_proj_weight, attention.in_proj_bias)),
@@ -62,7 +63,7 @@ def test_encode(monkeypatch, lengths, backend, max_rows):
         pytest.skip("this PyTorch has no oneDNN linear")
     for shape in ((DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)):
         extension.set_linear_backend(torch.float32, *shape, backend)
-    monkeypatch.setattr(post_norm, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(chunks, "MAX_ROWS", max_rows)
     layers = torch_layers(2)
     tokens = torch.randn(sum(lengths), DIM)
     before = tokens.clone()
@@ -71,9 +72,3 @@ def test_encode(monkeypatch, lengths, backend, max_rows):
     assert torch.equal(tokens, before)
     expected = reference(layers, tokens, lengths) if lengths else tokens.double()
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_chunks_are_whole_sequences():
-    bounds = [0, 4, 4, 9, 30, 31, 35, 35]
-    assert list(post_norm._chunks(bounds, 10)) == [(0, 3), (3, 4), (4, 7)]
-    assert list(post_norm._chunks([0], 10)) == []

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hugging Face's GPT-2: each block's norms and residual adds in as few passes as can be, in inference with the faster
+products, and this package's attention for prompts. Tokens that follow a cached prompt, and padded batches, attend as
+transformers has them do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.pytorch_utils import Conv1D
+
+from .. import functional
+from ..engine.pre_norm import run_layer
+from .fused_norm import NORMS, add, add_then_norm
+from .layer_kind import LayerKind
+from .pre_norm_layers import PreNormIntegration, weights_for_inference
+
+
+class GPT2Block(modeling_gpt2.GPT2Block):
+    """The block on fused operators."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states,
+                past_key_values,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                use_cache,
+                **kwargs,
+            )
+        attention, config = self.attn, self.attn.config
+        arguments = {name: value for name, value in kwargs.items() if name not in _FOR_ATTENTION}
+        upcast = attention.reorder_and_upcast_attn and config._attn_implementation == "eager"
+        weights = weights_for_inference(self, _KIND, config, hidden_states, {**arguments, "upcasting": upcast})
+        if weights is not None:
+            attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, kwargs)
+            return run_layer(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
+        update, _ = attention(
+            self.ln_1(hidden_states),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        normed, hidden_states = add_then_norm(update, hidden_states, self.ln_2)
+        return add(self.mlp(normed), hidden_states)
+
+
+_FOR_ATTENTION = ("position_ids", "cache_position")  # which transformers' attention functions are given, too
+
+
+def _attend(
+    attention: modeling_gpt2.GPT2Attention,
+    cache: Cache | None,
+    mask: Tensor | None,
+    shape: torch.Size,
+    arguments: dict[str, Any],
+    qkv: Tensor,
+) -> Tensor:
+    """The context, ``(batch * length, ...)``, of ``qkv``, ``(batch * length, 3, heads, head_dim)``.
+
+    Keys and values are added to ``cache`` and taken from it.
+    """
+    batch, length, _ = shape
+    query, key, value = qkv.unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
+    as_given = True  # whether key and value are those of qkv alone
+    if cache is not None:
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        key, value = cache.update(key, value, attention.layer_idx)
+        as_given = key.size(2) == length and type(cache.layers[attention.layer_idx]) is DynamicLayer
+    if as_given and (mask is None or _only_hides_the_future(mask)):
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+        return functional.packed_attention(qkv, cu_seqlens, scale=attention.scaling, causal=True)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, modeling_gpt2.eager_attention_forward
+    )
+    context, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **arguments)
+    return context.flatten(0, 1)
+
+
+def _only_hides_the_future(mask: Tensor) -> bool:
+    """Whether that is all that ``mask``, ``(batch or 1, 1, length, length)``, bool or additive, does."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    past = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    return bool((seen == past).all() and (hidden != past).all())
+
+
+_LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_KIND = LayerKind(
+    types=(modeling_gpt2.GPT2Block, GPT2Block),
+    parts={
+        "ln_1": NORMS,
+        "attn": (modeling_gpt2.GPT2Attention,),
+        "attn.attn_dropout": (nn.Dropout,),
+        "attn.resid_dropout": (nn.Dropout,),
+        "ln_2": NORMS,
+        "mlp": (modeling_gpt2.GPT2MLP,),
+        "mlp.dropout": (nn.Dropout,),
+    }
+    | dict.fromkeys(_LINEARS, (Conv1D,)),
+    attention="attn",
+    num_heads="num_heads",
+    projections=_LINEARS[:1],
+    attention_dropout=("attn.attn_dropout", "p"),
+    attention_output="attn.c_proj",
+    attention_norm="ln_1",
+    intermediate="mlp.c_fc",
+    activation=("mlp", "act"),
+    output="mlp.c_proj",
+    feed_forward_norm="ln_2",
+    dropouts=("attn.resid_dropout", "mlp.dropout"),
+    eager_attention=modeling_gpt2.eager_attention_forward,
+    linear=Conv1D,
+    is_causal=True,
+)
+
+
+def _exception(block: modeling_gpt2.GPT2Block) -> str | None:
+    return "cross-attention" if hasattr(block, "crossattention") else None
+
+
+INTEGRATION = PreNormIntegration(_KIND, GPT2Block, config_of=lambda block: block.attn.config, exception=_exception)

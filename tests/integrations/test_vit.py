@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""An accelerated ViT against transformers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+
+from resnorm_ext.engine import chunks
+from resnorm_ext.integrations import accelerate, report, restore
+
+vit = pytest.importorskip("transformers.models.vit.modeling_vit")
+if not hasattr(vit, "ViTMLP"):
+    pytest.skip("this release of transformers has a ViT of other modules", allow_module_level=True)
+
+
+def build(head: str = "Model", **changes) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    image = {"image_size": 24, "patch_size": 8, "encoder_stride": 8}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    config = transformers.ViTConfig(**(sizes | image | quiet | changes))
+    return getattr(transformers, f"ViT{head}")(config).eval()
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 24, 24)
+
+
+def ways_of(caplog) -> set[str]:
+    return {r.getMessage().partition(": ")[2] for r in caplog.records if r.name.endswith("pre_norm_layers")}
+
+
+@pytest.fixture
+def debug(caplog):
+    caplog.set_level("DEBUG", logger="resnorm_ext")
+    return caplog
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": False}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}], ids=str
+)
+@torch.no_grad()
+def test_inference(changes, implementation, debug):
+    model = build(**changes)
+    model.set_attn_implementation(implementation)
+    accelerated = accelerate(copy.deepcopy(model))
+    pixels = images()
+    before = pixels.clone()
+    expected, actual = model(pixels), accelerated(pixels)
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
+    assert ways_of(debug) == {"fused"}
+    assert torch.equal(pixels, before)
+
+
+@torch.no_grad()
+def test_long_batches_go_in_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "MAX_ROWS", 25)  # two images of ten positions
+    model = build()
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images(5)
+    torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_bfloat16(debug):
+    model = build().bfloat16()
+    accelerated = accelerate(copy.deepcopy(model))
+    pixels = images().bfloat16()
+    exact = copy.deepcopy(model).float()(pixels.float()).last_hidden_state
+    errors = [(each(pixels).last_hidden_state.float() - exact).pow(2).mean().sqrt() for each in (model, accelerated)]
+    assert errors[1] <= 1.1 * errors[0]
+    assert ways_of(debug) == {"fused"}
+
+
+@pytest.mark.parametrize("head", ["ForImageClassification", "ForMaskedImageModeling"])
+@torch.no_grad()
+def test_heads(head):
+    model = build(head)
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    name = "logits" if head == "ForImageClassification" else "reconstruction"
+    torch.testing.assert_close(accelerated(pixels)[name], model(pixels)[name], rtol=2e-5, atol=2e-5)
+
+
+def mask_patches(model, call) -> None:
+    call["attention_mask"] = torch.tensor([[1] * 10, [1] * 9 + [0], [1] * 10])
+
+
+def ask_for_hidden_states(model, call) -> None:
+    call["output_hidden_states"] = True
+
+
+def turn_grad_on(model, call) -> None:
+    torch.set_grad_enabled(True)
+
+
+def hook_linears(model, call) -> None:
+    for layer in model.layers:
+        layer.mlp.fc1.register_forward_hook(lambda *_: None)
+
+
+def train(model, call) -> None:
+    model.train()
+
+
+OBSTACLES = {
+    mask_patches: "attention_mask is given",
+    ask_for_hidden_states: "hidden states or attention weights are asked for",
+    turn_grad_on: "grad mode is on",
+    hook_linears: "the layer.mlp.fc1 has hooks, a forward or tensors of its own",
+    train: "the layer is in training: dropout acts",
+}
+
+
+@pytest.mark.parametrize("change", OBSTACLES)
+def test_what_asks_for_the_original_computation_gets_it(change, debug):
+    model = build(hidden_dropout_prob=0.2)
+    accelerated, call = accelerate(copy.deepcopy(model)), {"pixel_values": images()}
+    with torch.no_grad():
+        for each in (model, accelerated):
+            change(each, call)
+        torch.manual_seed(1)
+        expected = model(**call)
+        torch.manual_seed(1)
+        actual = accelerated(**call)
+    assert ways_of(debug) == {f"original computation, because {OBSTACLES[change]}"}
+    if change is not train:  # whose random numbers are others
+        torch.testing.assert_close(actual[0], expected[0], rtol=2e-5, atol=2e-5)
+        for ours, theirs in zip(actual.hidden_states or (), expected.hidden_states or (), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_training():
+    model = build("ForImageClassification", num_labels=2).train()
+    accelerated = accelerate(copy.deepcopy(model))
+    pixels, labels = images(), torch.tensor([0, 1, 1])
+    for each in (model, accelerated):
+        each(pixels, labels=labels).loss.backward()
+    for (name, expected), actual in zip(model.named_parameters(), accelerated.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_dropout_acts_at_its_rate():
+    model = build(hidden_dropout_prob=0.25, num_hidden_layers=1).train()
+    accelerated = accelerate(copy.deepcopy(model))
+    pixels = images(1)
+    with torch.no_grad():
+        outputs = [torch.stack([each(pixels)[0] for _ in range(1000)]) for each in (model, accelerated)]
+    for statistic in (torch.mean, torch.std):
+        expected, actual = (statistic(output, 0) for output in outputs)
+        assert (actual - expected).abs().mean() < 0.15 * outputs[0].std(0).mean()
+
+
+def test_compiles_without_a_break():
+    model = build()
+    with torch.no_grad():
+        compiled = torch.compile(accelerate(copy.deepcopy(model)), fullgraph=True)
+        pixels = images()
+        torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_what_is_replaced_survives_copies_and_pickles_and_is_put_back():
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    accelerated = accelerate(copy.deepcopy(model))
+    assert [item.original for item in report(accelerated).replaced].count(vit.ViTLayer) == 3
+    assert report(accelerated).linear_backends.keys() and not report(accelerated).left_alone
+    again = pickle.loads(pickle.dumps(accelerated))
+    pixels = images()
+    assert torch.equal(again(pixels)[0], accelerated(pixels)[0])
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert [type(module) for module in restore(again).modules()] == kinds
