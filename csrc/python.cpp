@@ -13,6 +13,7 @@
 #include "ops/cpu/kernel_call.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
+#include "ops/cpu/packed_linear.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/kernel_plan.h"
 #include "ops/layer_norm.h"
@@ -42,6 +43,11 @@ py::dict build_info() {
 Tensor onednn_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                      c10::string_view activation) {
   return onednn::linear(input, weight, bias, parse_activation(activation), std::nullopt);
+}
+
+Tensor packed_linear_by_name(const Tensor& input, const Tensor& weight, int64_t out_features,
+                             const OptionalTensor& bias, c10::string_view activation) {
+  return packed_linear::linear(input, weight, out_features, bias, parse_activation(activation));
 }
 
 std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
@@ -91,6 +97,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("onednn_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::pack_weight));
   m.def("onednn_linear", torch::wrap_pybind_function_no_gil(resnorm::onednn_linear));
   m.def("onednn_padded_rows", resnorm::onednn::padded_rows);
+  m.def("packed_linear_supports", torch::wrap_pybind_function(resnorm::packed_linear::supports));
+  m.def("packed_linear_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::packed_linear::pack_weight));
+  m.def("packed_linear", torch::wrap_pybind_function_no_gil(resnorm::packed_linear_by_name));
   m.def("linear_backend", torch::wrap_pybind_function(resnorm::linear_backend_name));
   m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));

@@ -49,7 +49,9 @@ def kernels() -> dict[str, object]:
     if _find() is None:
         return {"in_use": None}
     module = _extension.load_extension()
-    backends = ["aten", *(["onednn"] if module.onednn_supports(torch.float32) else [])]
+    from .engine.linear import available_backends  # which needs the extension
+
+    backends = available_backends(torch.float32)
     return {
         "cpu_isas": module.supported_cpu_isas(),
         "in_use": module.cpu_isa(),

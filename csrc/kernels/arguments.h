@@ -154,4 +154,21 @@ struct BiasActivationBackward {
   void* workspace = nullptr;
 };
 
+// A weight, (out_features, in_features), in panels for packed_linear: `packed` is as large as packed_weight_bytes says.
+struct PackWeight {
+  std::int64_t out_features, in_features;
+  ConstRows weight;
+  void* packed;
+};
+
+// output = activation(input * weight^T + bias). Rows are `cols` = in_features long, those of the output out_features.
+struct PackedLinear {
+  std::int64_t rows, cols, out_features;
+  ConstRows input;
+  const void* packed;
+  ConstVector bias;
+  Activation activation;
+  Rows output;
+};
+
 }  // namespace resnorm

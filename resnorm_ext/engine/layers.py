@@ -40,4 +40,5 @@ class LayerWeights(NamedTuple):
     feed_forward_norm: Norm
 
     def uses_onednn(self) -> bool:
-        return any(linear.uses_onednn for linear in (self.qkv, self.attention_output, self.intermediate, self.output))
+        linears = (self.qkv, self.attention_output, self.intermediate, self.output)
+        return any(linear.backend == "onednn" for linear in linears)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Linear layers in inference: the faster of two libraries, and weights in the layout that it reads fastest.
+"""Linear layers in inference by ATen, oneDNN or this package's kernel, whichever is the fastest, and weights in the
+layout that it reads fastest.
 
-oneDNN multiplies packed weights. A packed weight is a second copy of it (so a model's linear layers take twice the
-memory), kept here and not in the modules, whose deepcopy, pickling and state_dict know nothing of it. It goes when its
-parameter goes, and is made anew when the parameter has changed.
+oneDNN and this package's kernel multiply packed weights. A packed weight is a second copy of it (so a model's linear
+layers take twice the memory), kept here and not in the modules, whose deepcopy, pickling and state_dict know nothing of
+it. It goes when its parameter goes, and is made anew when the parameter has changed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ class PreparedLinear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    uses_onednn: bool
+    backend: str
+    out_features: int
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """``(*, out_features)`` of ``x``, ``(*, in_features)``; ``activation`` as in ``functional.linear``."""
-        if self.uses_onednn:
+        if self.backend == "resnorm":
+            return extension.packed_linear(x, self.weight, self.out_features, self.bias, activation)
+        if self.backend == "onednn":
             return extension.onednn_linear(x, self.weight, self.bias, activation)
         return extension.linear(x, self.weight, self.bias, activation, None)
 
@@ -64,9 +68,10 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool =
     """
     weight, bias = parameters[0]
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    backend = extension.linear_backend(weight.dtype, weight.size(in_dim), sum(w.size(out_dim) for w, _ in parameters))
+    out_features = sum(weight.size(out_dim) for weight, _ in parameters)
+    backend = extension.linear_backend(weight.dtype, weight.size(in_dim), out_features)
     if len(parameters) == 1 and (backend == "aten" or weight.is_inference()):
-        return PreparedLinear(weight.t() if transposed else weight, bias, False)
+        return PreparedLinear(weight.t() if transposed else weight, bias, "aten", out_features)
     tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):  # they count no versions: their changes would go unnoticed
         return _prepare(parameters, transposed, "aten")
@@ -74,7 +79,7 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool =
     key = (*map(id, tensors), transposed)
     fingerprint = extension.weight_fingerprint(tensors)
     entry = _entries.get(key)
-    if entry is None or entry.fingerprint != fingerprint or entry.prepared.uses_onednn != (backend == "onednn"):
+    if entry is None or entry.fingerprint != fingerprint or entry.prepared.backend != backend:
         entry = _entries[key] = _Entry(
             _prepare(parameters, transposed, backend),
             fingerprint,
@@ -91,9 +96,13 @@ def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], transposed: b
     bias = biases[0]
     if bias is not None:  # detached, because a parameter that is held here would never go
         bias = bias.detach() if len(biases) == 1 else torch.cat([bias.detach() for bias in biases])
-    if backend == "onednn":
-        weight = extension.onednn_pack_weight(weight)
-    return PreparedLinear(weight, bias, backend == "onednn")
+    return PreparedLinear(_pack(weight, backend), bias, backend, weight.size(0))
+
+
+def _pack(weight: Tensor, backend: str) -> Tensor:
+    if backend == "resnorm":
+        return extension.packed_linear_pack_weight(weight)
+    return extension.onednn_pack_weight(weight) if backend == "onednn" else weight
 
 
 def forget_linears(parameters: Iterable[Tensor]) -> None:
@@ -103,8 +112,14 @@ def forget_linears(parameters: Iterable[Tensor]) -> None:
         _entries.pop(key, None)
 
 
+def available_backends(dtype: torch.dtype) -> list[str]:
+    """Those that multiply in ``dtype`` on this machine."""
+    supported = {"onednn": extension.onednn_supports, "resnorm": extension.packed_linear_supports}
+    return ["aten", *(name for name, supports in supported.items() if supports(dtype))]
+
+
 def choose_backends(shapes: Iterable[LinearShape]) -> None:
-    """Measures, for shapes not measured yet in this process, which backend is the faster one, and uses that.
+    """Measures, for shapes not measured yet in this process, which backend is the fastest one, and uses that.
 
     One choice for all of ``shapes`` that have one dtype. Measures nothing where ``RESNORM_LINEAR`` decides, under
     deterministic algorithms, or where only ATen can do it.
@@ -113,9 +128,10 @@ def choose_backends(shapes: Iterable[LinearShape]) -> None:
         return
     unmeasured = set(shapes) - _measured
     for dtype in {shape.dtype for shape in unmeasured}:
-        if extension.onednn_supports(dtype):
+        backends = available_backends(dtype)
+        if len(backends) > 1:
             alike = [shape for shape in unmeasured if shape.dtype == dtype]
-            backend = _faster_backend(alike)
+            backend = _fastest_backend(alike, backends)
             for shape in alike:
                 extension.set_linear_backend(*shape, backend)
             _measured.update(alike)
@@ -127,22 +143,20 @@ _MEASUREMENTS = 5
 
 
 @torch.no_grad()
-def _faster_backend(shapes: Iterable[LinearShape]) -> str:
-    """By the mean of the logarithms of the ratio of their times."""
-    log_ratio = 0.0
+def _fastest_backend(shapes: Iterable[LinearShape], backends: list[str]) -> str:
+    """By the geometric mean of their times."""
+    log_times = dict.fromkeys(backends, 0.0)
     generator = torch.Generator("cpu")  # the caller's random numbers stay as they are
     for dtype, in_features, out_features in shapes:
         weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(dtype)
         bias = torch.zeros(out_features, dtype=dtype, device="cpu")
-        packed = extension.onednn_pack_weight(weight)
+        linears = [PreparedLinear(_pack(weight, backend), bias, backend, out_features) for backend in backends]
         for rows in _MEASURED_ROWS:
             x = torch.randn(rows, in_features, generator=generator, device="cpu").to(dtype)
-            aten, onednn = _shortest_times(
-                partial(torch.nn.functional.linear, x, weight, bias),
-                partial(extension.onednn_linear, x, packed, bias, "none"),
-            )
-            log_ratio += math.log(onednn / aten)
-    return "onednn" if log_ratio < 0.0 else "aten"
+            times = _shortest_times(*(partial(linear, x) for linear in linears))
+            for backend, seconds in zip(backends, times, strict=True):
+                log_times[backend] += math.log(seconds)
+    return min(log_times, key=log_times.__getitem__)
 
 
 def _shortest_times(*functions: Callable[[], object]) -> list[float]:

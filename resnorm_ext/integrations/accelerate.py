@@ -39,7 +39,7 @@ def accelerate(model: Model) -> Model:
 
     What it recognises in this instance (``nn.LayerNorm``, ``nn.TransformerEncoder`` and its layers, Hugging Face's
     BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in inference with the
-    faster of two libraries for the linear layers, and text encoders on padding-free batches; in training with fused
+    fastest of three products for the linear layers, and text encoders on padding-free batches; in training with fused
     dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call
     changes nothing; :func:`restore` puts everything back; :func:`report` tells what was done. Which way a call takes is
     decided at that call, so adapters, hooks, dtypes and modes may change later.
@@ -49,7 +49,7 @@ def accelerate(model: Model) -> Model:
     made anew when they have changed, but see :func:`refresh` for writes through ``.data``.
 
     Measures the linear layers' shapes for some hundredths of a second, unless the environment variable
-    ``RESNORM_LINEAR`` (``onednn`` or ``aten``) chooses, or under deterministic algorithms.
+    ``RESNORM_LINEAR`` (``aten``, ``onednn`` or ``resnorm``) chooses, or under deterministic algorithms.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -110,7 +110,7 @@ class Report(NamedTuple):
     """What is replaced in a model and what is not; ``str()`` of it is for people.
 
     Attributes:
-        linear_backends: which library multiplies for each shape of linear layer on the packed path.
+        linear_backends: what multiplies for each shape of linear layer on the packed path.
     """
 
     replaced: list[Replaced]

@@ -35,9 +35,9 @@ def needs_onednn(dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(f"this PyTorch or CPU has no oneDNN linear for {dtype}")
 
 
-@pytest.fixture(params=["aten", "onednn"])
+@pytest.fixture(params=["aten", "onednn", "resnorm"])
 def backend(request: pytest.FixtureRequest):
-    """Both libraries, for the layers of these tests."""
+    """Everything that multiplies, for the layers of these tests."""
     shapes = [(dtype, IN, out) for dtype in (torch.float32, torch.bfloat16) for out in (OUT, 3 * OUT)]
     if request.param == "onednn":
         needs_onednn()
@@ -287,7 +287,7 @@ class TestPreparedLinear:
     def test_change_of_backend(self, layer, backend):
         self.check(layer)
         extension.set_linear_backend(torch.float32, IN, OUT, "aten")
-        assert not prepare_linear((layer.weight, layer.bias)).uses_onednn
+        assert prepare_linear((layer.weight, layer.bias)).backend == "aten"
 
     def test_parameters_made_in_inference_mode(self, backend):
         with torch.inference_mode():
@@ -354,22 +354,27 @@ class TestChoice:
         engine._measured.discard(self.shape)
         extension.set_linear_backend(*self.shape, "aten")
 
-    @pytest.mark.parametrize("faster", ["aten", "onednn"])
-    def test_the_faster_one_is_used_and_measured_once(self, monkeypatch, faster):
+    @pytest.mark.parametrize("fastest", ["aten", "onednn", "resnorm"])
+    def test_the_fastest_one_is_used_and_measured_once(self, monkeypatch, fastest):
         measured = []
-        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: measured.extend(shapes) or faster)
+        monkeypatch.setattr(engine, "_fastest_backend", lambda shapes, _: measured.extend(shapes) or fastest)
         choose_backends([self.shape, self.shape])
         choose_backends([self.shape])
         assert measured == [self.shape]
-        assert extension.linear_backend(*self.shape) == faster
+        assert extension.linear_backend(*self.shape) == fastest
 
     def test_measurement_gives_a_backend_and_draws_no_random_number(self):
         before = torch.get_rng_state()
-        assert engine._faster_backend([self.shape]) in ("aten", "onednn")
+        backends = engine.available_backends(torch.float32)
+        assert engine._fastest_backend([self.shape], backends) in backends == ["aten", "onednn", "resnorm"]
         assert torch.equal(torch.get_rng_state(), before)
 
+    def test_the_least_time_wins(self, monkeypatch):
+        monkeypatch.setattr(engine, "_shortest_times", lambda *calls: [3.0, 1.0, 2.0])
+        assert engine._fastest_backend([self.shape], ["aten", "onednn", "resnorm"]) == "onednn"
+
     def test_nothing_is_measured_under_deterministic_algorithms(self, monkeypatch):
-        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: pytest.fail("measured"))
+        monkeypatch.setattr(engine, "_fastest_backend", lambda *_: pytest.fail("measured"))
         torch.use_deterministic_algorithms(True)
         try:
             choose_backends([self.shape])
@@ -377,19 +382,20 @@ class TestChoice:
             torch.use_deterministic_algorithms(False)
         assert extension.linear_backend(*self.shape) == "aten"
 
-    def test_a_dtype_without_onednn_is_not_measured(self, monkeypatch):
-        monkeypatch.setattr(engine, "_faster_backend", lambda shapes: pytest.fail("measured"))
+    def test_a_dtype_that_only_aten_multiplies_is_not_measured(self, monkeypatch):
+        monkeypatch.setattr(engine, "_fastest_backend", lambda *_: pytest.fail("measured"))
         shape = LinearShape(torch.float64, 48, 56)
         choose_backends([shape])
-        extension.set_linear_backend(*shape, "onednn")
-        assert extension.linear_backend(*shape) == "aten"
+        for backend in ("onednn", "resnorm"):
+            extension.set_linear_backend(*shape, backend)
+            assert extension.linear_backend(*shape) == "aten"
 
     def test_environment_variable(self):
         program = """if True:
             import torch
             from resnorm_ext._extension import extension
             from resnorm_ext.engine import linear
-            linear._faster_backend = lambda shapes: 1 / 0
+            linear._fastest_backend = lambda *_: 1 / 0
             shape = linear.LinearShape(torch.float32, 48, 56)
             linear.choose_backends([shape])
             print(extension.linear_backend(*shape))
@@ -402,9 +408,34 @@ class TestChoice:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for value in ("aten", "onednn", "mkl")
+            for value in ("aten", "onednn", "resnorm", "mkl")
         }
         results = {value: process.communicate(timeout=300) for value, process in processes.items()}
-        for value in ("aten", "onednn"):
+        for value in ("aten", "onednn", "resnorm"):
             assert results[value][0].strip() == value, results[value][1]
-        assert "ValueError: Expected RESNORM_LINEAR to be aten or onednn, but got mkl" in results["mkl"][1]
+        assert "ValueError: Expected RESNORM_LINEAR to be aten, onednn or resnorm, but got mkl" in results["mkl"][1]
+
+
+class TestPackedLinear:
+    """What only this package's own product has."""
+
+    def test_a_row_is_the_same_in_every_batch(self):
+        x, weight, bias, _ = operands(200)
+        packed = extension.packed_linear_pack_weight(weight)
+        whole = extension.packed_linear(x, packed, OUT, bias, "gelu")
+        for row in (0, 7, 64, 199):
+            assert torch.equal(extension.packed_linear(x[row : row + 1], packed, OUT, bias, "gelu")[0], whole[row])
+
+    def test_what_does_not_fit_is_refused(self):
+        x, weight, bias, _ = operands(4)
+        packed = extension.packed_linear_pack_weight(weight)
+        for call in (
+            lambda: extension.packed_linear(x[:, 1:], packed, OUT, bias, "none"),
+            lambda: extension.packed_linear(x, packed, 4 * OUT, bias, "none"),
+            lambda: extension.packed_linear(x.bfloat16(), packed, OUT, bias, "none"),
+            lambda: extension.packed_linear(x, weight, OUT, bias, "none"),
+        ):
+            with pytest.raises(RuntimeError, match="Expected a weight packed for"):
+                call()
+        with pytest.raises(RuntimeError, match="Expected weights of a dtype that these kernels pack, but got Half"):
+            extension.packed_linear_pack_weight(weight.half())

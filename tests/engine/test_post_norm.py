@@ -56,7 +56,7 @@ def reference(layers, tokens: torch.Tensor, lengths) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("max_rows", [8, 2048])
-@pytest.mark.parametrize("backend", ["aten", "onednn"])
+@pytest.mark.parametrize("backend", ["aten", "onednn", "resnorm"])
 @pytest.mark.parametrize("lengths", [LENGTHS, (0, 0), (), (64,)])
 def test_encode(monkeypatch, lengths, backend, max_rows):
     if backend == "onednn" and not extension.onednn_supports(torch.float32):

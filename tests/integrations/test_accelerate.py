@@ -159,7 +159,7 @@ class TestReport:
         result = report(pair[1])
         shapes = {(shape.in_features, shape.out_features) for shape in result.linear_backends}
         assert shapes == {(32, 96), (32, 32), (32, 64), (64, 32)}
-        assert set(result.linear_backends.values()) <= {"aten", "onednn"}
+        assert set(result.linear_backends.values()) <= {"aten", "onednn", "resnorm"}
         assert "32 -> 96 float32: " in str(result)
 
     def test_says_what_keeps_the_encoder_from_its_fast_path(self, pair):

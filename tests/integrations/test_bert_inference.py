@@ -223,7 +223,7 @@ def test_dtypes(path_of, pair, dtype):
     assert error <= 1.2 * their_error + 1e-10
 
 
-@pytest.mark.parametrize("backend", ["aten", "onednn"])
+@pytest.mark.parametrize("backend", ["aten", "onednn", "resnorm"])
 def test_long_batches_go_through_in_chunks(pair, path_of, monkeypatch, backend):
     model, accelerated = pair
     shapes = [(torch.float32, *shape) for shape in ((32, 96), (32, 32), (32, 64), (64, 32))]

@@ -55,7 +55,7 @@ def test_measuring_takes_no_random_numbers_of_the_caller():
     assert torch.equal(torch.randn(4), expected)
 
 
-@pytest.fixture(params=["aten", "onednn"])
+@pytest.fixture(params=["aten", "onednn", "resnorm"])
 def feed_forward(request, measured):
     """Of a shape that no other test has, computed by one of the libraries."""
     load_extension()
@@ -90,7 +90,7 @@ def test_changed_weights_take_effect(feed_forward):
     torch.testing.assert_close(feed_forward(x), expected_of(feed_forward, x), **TOLERANCE)
     feed_forward.linear2.weight = torch.nn.Parameter(torch.randn(24, 36))
     torch.testing.assert_close(feed_forward(x), expected_of(feed_forward, x), **TOLERANCE)
-    feed_forward.load_state_dict({name: value + 1.0 for name, value in feed_forward.state_dict().items()})
+    feed_forward.load_state_dict({name: 1.5 * value for name, value in feed_forward.state_dict().items()})
     torch.testing.assert_close(feed_forward(x), expected_of(feed_forward, x), **TOLERANCE)
 
 

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layer_norm.h"
 #include "packed_attention.h"
+#include "packed_linear.h"
 #include "residual_add.h"
 
 #define RESNORM_STRING_OF(name) #name
@@ -27,6 +28,9 @@ const KernelTable kernel_table = {
     .packed_attention = packed_attention,
     .bias_activation_forward = bias_activation_forward,
     .bias_activation_backward = bias_activation_backward,
+    .packed_weight_bytes = packed_weight_bytes,
+    .pack_weight = pack_weight,
+    .packed_linear = packed_linear,
 };
 
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -26,6 +26,10 @@ struct KernelTable {
   void (*packed_attention)(const PackedAttention&, ParallelFor);
   void (*bias_activation_forward)(const BiasActivationForward&, ParallelFor);
   void (*bias_activation_backward)(const BiasActivationBackward&, ParallelFor);
+  // 0 for a dtype that is not to be packed.
+  std::size_t (*packed_weight_bytes)(DType dtype, std::int64_t out_features, std::int64_t in_features);
+  void (*pack_weight)(const PackWeight&, ParallelFor);
+  void (*packed_linear)(const PackedLinear&, ParallelFor);
 };
 
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks

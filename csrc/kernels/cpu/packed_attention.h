@@ -11,9 +11,9 @@
 #include "packed_attention_product.h"
 #include "packed_attention_schedule.h"
 #include "packed_attention_softmax.h"
-#include "packed_attention_words.h"
 #include "parallel.h"
 #include "simd.h"
+#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {

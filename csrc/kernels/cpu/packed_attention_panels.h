@@ -5,17 +5,12 @@
 #include <cstdint>
 
 #include "packed_attention_product.h"
-#include "packed_attention_words.h"
 #include "simd.h"
 #include "transpose.h"
+#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
-
-template <class Words>
-constexpr std::int64_t words_of(std::int64_t values) {
-  return (values + Words::kValues - 1) / Words::kValues;
-}
 
 constexpr std::int64_t vectors_of(std::int64_t values) { return (values + Vec<float>::kSize - 1) / Vec<float>::kSize; }
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "packed_attention_words.h"
 #include "simd.h"
+#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
@@ -25,15 +25,6 @@ inline constexpr std::int64_t kChunkStride = kGroupRows * kRowStride;
 constexpr std::int64_t word_offset(std::int64_t word) { return word / kChunkWords * kChunkStride + word % kChunkWords; }
 
 constexpr std::int64_t chunks_of(std::int64_t words) { return (words + kChunkWords - 1) / kChunkWords; }
-
-// body(Index<count>), for a count of 1 to kMax.
-template <int kMax, class Body>
-RESNORM_INLINE void with_count(std::int64_t count, const Body& body) {
-  if constexpr (kMax > 1) {
-    if (count < kMax) return with_count<kMax - 1>(count, body);
-  }
-  body(Index<kMax>{});
-}
 
 // kRows rows and kPanels panels of the product. Sums of more than `piece` words are sums of such pieces' sums, which
 // round less.

@@ -65,6 +65,15 @@ RESNORM_INLINE void unrolled(const Body& body) {
   if constexpr (kIndex + 1 < kCount) unrolled<kCount, kIndex + 1>(body);
 }
 
+// body(Index<count>), for a count of 1 to kMax.
+template <int kMax, class Body>
+RESNORM_INLINE void with_count(std::int64_t count, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (count < kMax) return with_count<kMax - 1>(count, body);
+  }
+  body(Index<kMax>{});
+}
+
 // Stores, past the caches where kStream: `to` is aligned then.
 template <bool kStream, class V, class T, class Lanes>
 RESNORM_INLINE void put(V value, T* to, Lanes lanes) {

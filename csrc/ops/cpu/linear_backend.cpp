@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "onednn_linear.h"
+#include "packed_linear.h"
 
 namespace resnorm {
 
@@ -33,19 +34,30 @@ LinearBackend chosen(const Shape& shape) {
 }  // namespace
 
 LinearBackend parse_linear_backend(const std::string& name) {
-  if (name == "aten") return LinearBackend::kAten;
-  if (name == "onednn") return LinearBackend::kOneDnn;
-  TORCH_CHECK_VALUE(false, "Expected aten or onednn as the backend of linear layers, but got ", name);
+  for (const auto backend : {LinearBackend::kAten, LinearBackend::kOneDnn, LinearBackend::kResnorm}) {
+    if (name == name_of(backend)) return backend;
+  }
+  TORCH_CHECK_VALUE(false, "Expected aten, onednn or resnorm as the backend of linear layers, but got ", name);
 }
 
-std::string name_of(LinearBackend backend) { return backend == LinearBackend::kAten ? "aten" : "onednn"; }
+std::string name_of(LinearBackend backend) {
+  switch (backend) {
+    case LinearBackend::kAten:
+      return "aten";
+    case LinearBackend::kOneDnn:
+      return "onednn";
+    case LinearBackend::kResnorm:
+      return "resnorm";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown backend");
+}
 
 const std::string& linear_backend_override() {
   static const std::string value = [] {
     const char* text = std::getenv("RESNORM_LINEAR");
     const std::string name = text == nullptr ? "" : text;
-    TORCH_CHECK_VALUE(name.empty() || name == "aten" || name == "onednn",
-                      "Expected RESNORM_LINEAR to be aten or onednn, but got ", name);
+    TORCH_CHECK_VALUE(name.empty() || name == "aten" || name == "onednn" || name == "resnorm",
+                      "Expected RESNORM_LINEAR to be aten, onednn or resnorm, but got ", name);
     return name;
   }();
   return value;
@@ -54,7 +66,10 @@ const std::string& linear_backend_override() {
 LinearBackend linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
   const auto& override = linear_backend_override();
   const auto wanted = override.empty() ? chosen({dtype, in_features, out_features}) : parse_linear_backend(override);
-  return wanted == LinearBackend::kOneDnn && onednn::supports(dtype) ? wanted : LinearBackend::kAten;
+  const bool has_it = wanted == LinearBackend::kOneDnn    ? onednn::supports(dtype)
+                      : wanted == LinearBackend::kResnorm ? packed_linear::supports(dtype)
+                                                          : true;
+  return has_it ? wanted : LinearBackend::kAten;
 }
 
 void set_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features, LinearBackend backend) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the two matrix products of attention multiply: 32-bit words, which are floats or, where the CPU multiplies these
-// directly, pairs of bfloat16. Both are moved about as float; only the functions here look inside.
+// What matrix products multiply: 32-bit words, which are floats or, where the CPU multiplies these directly, pairs of
+// bfloat16. Both are moved about as float; only the functions here look inside.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,9 @@ struct FloatWords {
   // Whether queries, not scores, are multiplied by the scale: then no score is rounded after its row's largest has
   // been subtracted, and the largest's exponential is exactly 1.
   static constexpr bool kScalesQueries = true;
+
+  // The word at `from`, in all lanes.
+  static RESNORM_INLINE Vec<float> broadcast(const float* from) { return Vec<float>::broadcast(*from); }
 
   // Words of values that lie side by side.
   template <class T, class Lanes>
@@ -49,6 +52,18 @@ struct BFloat16Pairs {
   static constexpr int kValues = 2;
   static constexpr bool kScalesQueries = false;  // the product would be rounded to bfloat16
 
+  static RESNORM_INLINE Vec<float> broadcast(const BFloat16* from) {
+    int word;
+    __builtin_memcpy(&word, from, sizeof(word));
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(word))};
+  }
+  // A word of which there is the first value only.
+  static RESNORM_INLINE Vec<float> broadcast_half(const BFloat16* from) {
+    unsigned short value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(value))};
+  }
+
   static RESNORM_INLINE Vec<float> load(const BFloat16* from, AllLanes) {
     return {_mm512_castsi512_ps(_mm512_loadu_si512(from))};
   }
@@ -81,6 +96,11 @@ struct WordsOf<BFloat16> {
 };
 
 #endif
+
+template <class Words>
+constexpr std::int64_t words_of(std::int64_t values) {
+  return (values + Words::kValues - 1) / Words::kValues;
+}
 
 }  // namespace
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "packed_linear.h"
+
+#include <ATen/ops/empty.h>
+
+#include "../operands.h"
+#include "kernel_call.h"
+
+namespace resnorm::packed_linear {
+
+namespace {
+
+std::size_t packed_bytes(at::ScalarType dtype, int64_t out_features, int64_t in_features) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
+  return cpu_kernels().packed_weight_bytes(kernel_dtype(dtype), out_features, in_features);
+}
+
+}  // namespace
+
+bool supports(at::ScalarType dtype) { return packed_bytes(dtype, 1, 1) > 0; }
+
+Tensor pack_weight(const Tensor& weight) {
+  const auto out_features = weight.size(0), in_features = weight.size(1);
+  const auto bytes = packed_bytes(weight.scalar_type(), out_features, in_features);
+  TORCH_CHECK(bytes > 0, "Expected weights of a dtype that these kernels pack, but got ", weight.scalar_type());
+  const RowView rows(weight, 1);
+  auto packed = at::empty({static_cast<int64_t>(bytes / weight.element_size())}, weight.options());
+  cpu_kernels().pack_weight({out_features, in_features, rows.const_rows(), packed.mutable_data_ptr()}, parallel_for);
+  return packed;
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
+              Activation activation) {
+  const auto dtype = input.scalar_type();
+  const auto bytes = packed_bytes(dtype, out_features, input.size(-1));
+  TORCH_CHECK(weight.scalar_type() == dtype && weight.nbytes() == bytes, "Expected a weight packed for ", out_features,
+              " features of inputs ", input.sizes(), " of ", dtype, ", but got ", weight.nbytes(), " bytes of ",
+              weight.scalar_type());
+  auto sizes = input.sizes().vec();
+  sizes.back() = out_features;
+  auto output = at::empty(sizes, input.options());
+  if (output.numel() == 0) return output;
+  const auto matrix = input.reshape({-1, input.size(-1)});
+  const RowView rows(matrix, 1);
+  const VectorView bias_view(bias);
+  cpu_kernels().packed_linear({.rows = matrix.size(0),
+                               .cols = matrix.size(1),
+                               .out_features = out_features,
+                               .input = rows.const_rows(),
+                               .packed = weight.const_data_ptr(),
+                               .bias = bias_view.const_vector(),
+                               .activation = activation,
+                               .output = result_rows(output, 1, true)},
+                              parallel_for);
+  return output;
+}
+
+}  // namespace resnorm::packed_linear

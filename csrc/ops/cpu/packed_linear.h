@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Linear layers by the project's own kernel, from weights in its own layout. Without autograd.
+#pragma once
+
+#include "../linear.h"
+
+namespace resnorm::packed_linear {
+
+// Whether the kernels in use pack weights of `dtype`.
+bool supports(at::ScalarType dtype);
+
+// `weight`, (out_features, in_features), in the layout of the kernels in use: opaque, one-dimensional, of its dtype.
+Tensor pack_weight(const Tensor& weight);
+
+// As resnorm::linear; `weight` is packed.
+Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
+              Activation activation);
+
+}  // namespace resnorm::packed_linear

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "activation_reference.h"
+#include "fixture.h"
+
+namespace resnorm::cpu::testing {
+namespace {
+
+using enum DType;
+
+class PackedLinearTest : public KernelTest {
+ protected:
+  // Those that this instruction set packs.
+  std::vector<DType> dtypes() const {
+    std::vector<DType> packed;
+    for (const DType dtype : {kFloat32, kFloat64, kBFloat16, kFloat16}) {
+      if (kernels().packed_weight_bytes(dtype, 1, 1) > 0) packed.push_back(dtype);
+    }
+    return packed;
+  }
+};
+RESNORM_FOR_EVERY_ISA(PackedLinearTest);
+
+constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
+
+struct Problem {
+  Activation activation;
+  Matrix input, weight, bias, output;
+  Bytes packed;
+
+  Problem(std::mt19937_64& generator, DType dtype, std::int64_t rows, Shape weights, Layout layout, bool with_bias,
+          Activation activation = Activation::kNone)
+      : activation(activation),
+        input(Matrix::random(generator, rows, weights.cols, dtype, layout)),
+        weight(Matrix::random(generator, weights.rows, weights.cols, dtype, layout)),
+        output(rows, weights.rows, dtype, layout) {
+    if (with_bias) bias = Matrix::random(generator, 1, weights.rows, dtype, {0, layout.offset});
+  }
+
+  void run(const KernelTable& kernels, ParallelFor parallel_for) {
+    // As large as is said and no larger: the sanitizers see what is read or written behind it.
+    packed = Bytes(kernels.packed_weight_bytes(weight.dtype(), weight.rows(), weight.cols()), 0xFF);
+    kernels.pack_weight({weight.rows(), weight.cols(), weight.const_operand(), packed.data()}, parallel_for);
+    kernels.packed_linear({.rows = input.rows(),
+                           .cols = input.cols(),
+                           .out_features = weight.rows(),
+                           .input = input.const_operand(),
+                           .packed = packed.data(),
+                           .bias = bias.const_vector(),
+                           .activation = activation,
+                           .output = output.operand()},
+                          parallel_for);
+  }
+
+  void expect_correct() const {
+    Values expected(output.rows(), output.cols()), scale(output.rows(), output.cols());
+    for (std::int64_t row = 0; row < output.rows(); ++row) {
+      for (std::int64_t col = 0; col < output.cols(); ++col) {
+        double sum = bias.present() ? bias(0, col) : 0.0, magnitude = std::fabs(sum);
+        for (std::int64_t i = 0; i < input.cols(); ++i) {
+          const double product = input(row, i) * weight(col, i);
+          sum += product;
+          magnitude += std::fabs(product);
+        }
+        expected(row, col) =
+            activation == Activation::kNone ? sum : static_cast<double>(activated(activation, sum).value);
+        scale(row, col) = 1 + magnitude;
+      }
+    }
+    expect_close(output, expected, scale, kFloat32, 6, "output");
+  }
+};
+
+TEST_P(PackedLinearTest, MatchesReference) {
+  for (const DType dtype : dtypes()) {
+    for (const std::int64_t rows : {1, 2, 3, 5, 7, 8, 9, 16, 63, 64, 65, 131}) {
+      for (const Shape weights :
+           {Shape{1, 1}, Shape{2, 3}, Shape{17, 33}, Shape{48, 64}, Shape{49, 7}, Shape{130, 21}}) {
+        for (const bool with_bias : {false, true}) {
+          SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << rows << " rows, " << weights.rows << "x"
+                                            << weights.cols << (with_bias ? " bias" : ""));
+          Problem problem(generator, dtype, rows, weights, kLayouts[with_bias], with_bias);
+          problem.run(kernels(), serial);
+          problem.expect_correct();
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(PackedLinearTest, Activations) {
+  for (const DType dtype : dtypes()) {
+    for (const Activation activation : kActivations) {
+      Problem problem(generator, dtype, 11, {50, 40}, {}, true, activation);
+      problem.run(kernels(), serial);
+      problem.expect_correct();
+    }
+  }
+}
+
+TEST_P(PackedLinearTest, LongSumsStayAccurate) {
+  for (const DType dtype : dtypes()) {
+    Problem problem(generator, dtype, 9, {50, 4097}, {}, true);
+    problem.run(kernels(), serial);
+    problem.expect_correct();
+  }
+}
+
+// What no thread and no other row of the batch changes.
+TEST_P(PackedLinearTest, ThreadsAndOtherRowsChangeNothing) {
+  for (const DType dtype : dtypes()) {
+    Problem alone(generator, dtype, 203, {400, 131}, {}, true, Activation::kGelu);
+    Problem two = alone, five = alone;
+    alone.run(kernels(), serial), two.run(kernels(), threaded<2>), five.run(kernels(), threaded<5>);
+    EXPECT_EQ(alone.output.storage(), two.output.storage());
+    EXPECT_EQ(alone.output.storage(), five.output.storage());
+    for (const std::int64_t row : {0, 7, 8, 66, 202}) {
+      Problem single = alone;
+      single.input = Matrix(1, 131, dtype), single.output = Matrix(1, 400, dtype);
+      for (std::int64_t i = 0; i < 131; ++i) single.input.set(0, i, alone.input(row, i));
+      single.run(kernels(), serial);
+      for (std::int64_t col = 0; col < 400; ++col) ASSERT_EQ(single.output(0, col), alone.output(row, col));
+    }
+  }
+}
+
+TEST_P(PackedLinearTest, InfinityAndNanStayInTheirRow) {
+  for (const DType dtype : dtypes()) {
+    Problem problem(generator, dtype, 10, {50, 33}, {}, true);
+    problem.input.set(3, 32, std::numeric_limits<double>::infinity());
+    problem.input.set(4, 0, std::nan(""));
+    problem.run(kernels(), serial);
+    for (std::int64_t row = 0; row < 10; ++row) {
+      for (std::int64_t col = 0; col < 50; ++col) {
+        EXPECT_EQ(std::isfinite(problem.output(row, col)), row != 3 && row != 4) << row << ", " << col;
+      }
+    }
+  }
+}
+
+TEST_P(PackedLinearTest, WhatIsPacked) {
+  const bool bfloat16 = GetParam() == "avx512_bf16";
+  EXPECT_EQ(dtypes(), bfloat16 ? std::vector<DType>({kFloat32, kBFloat16}) : std::vector<DType>({kFloat32}));
+}
+
+}  // namespace
+}  // namespace resnorm::cpu::testing
