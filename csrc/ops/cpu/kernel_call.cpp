@@ -48,9 +48,8 @@ void parallel_for(int64_t count, int64_t grain, cpu::RangeBody body, const void*
 int64_t free_workspaces() {
   std::atomic<int64_t> bytes = 0;
   // One piece for each thread of the pool.
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    bytes += static_cast<int64_t>(cpu::free_thread_buffers());
-  });
+  at::parallel_for(0, at::get_num_threads(), 1,
+                   [&](int64_t, int64_t) { bytes += static_cast<int64_t>(cpu::free_thread_buffers()); });
   return bytes;
 }
 
