@@ -8,6 +8,7 @@
 #endif
 
 #include "kernels/cpu/dispatch.h"
+#include "module_state.h"
 #include "ops/add_layer_norm.h"
 #include "ops/bias_activation.h"
 #include "ops/cpu/kernel_call.h"
@@ -104,6 +105,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
+  m.def("module_state", resnorm::module_state);
+  m.def("has_module_state", resnorm::has_module_state);
   m.def("kernel_plan", torch::wrap_pybind_function(resnorm::kernel_plan_for_python), py::arg("kernel"),
         py::arg("columns"), py::arg("dtype"), py::kw_only(), py::arg("residual_dtype") = py::none(),
         py::arg("dropout") = false, py::arg("aligned") = true, py::arg("architecture") = 90);

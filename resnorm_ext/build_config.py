@@ -71,7 +71,7 @@ def isa_sources() -> list[str]:
 def torch_sources(*, cuda: bool) -> list[str]:
     """Operators and bindings: everything that includes torch's headers."""
     folders = ("", "autograd/", "composite/", "cpu/", *(("cuda/",) if cuda else ()))
-    return ["python.cpp", *(source for folder in folders for source in _glob(f"ops/{folder}*.cpp"))]
+    return [*_glob("*.cpp"), *(source for folder in folders for source in _glob(f"ops/{folder}*.cpp"))]
 
 
 def cuda_sources() -> list[str]:

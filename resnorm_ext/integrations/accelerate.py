@@ -18,6 +18,7 @@ from .replace import (
     Integration,
     Unusable,
     add_pre_hook,
+    forget_prepared,
     is_replaced,
     original_class,
     put_back,
@@ -85,6 +86,8 @@ def refresh(model: Model) -> Model:
     count such a change, and only a few dozen of a weight's values are compared at each call. Others are seen.
     """
     _check_module(model)
+    for module in model.modules():
+        forget_prepared(module)
     forget_linears(model.parameters())
     return model
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 from ..engine.layers import LayerWeights
 from ..engine.packing import unpack
 from ..engine.post_norm import encode
-from .layer_kind import LayerKind, layer_weights, parts_as_built
+from .layer_kind import LayerKind, parts_as_built
+from .prepared import prepared_layers
 from .transformers import (
     PackedBatch,
     attention_obstacle,
@@ -47,8 +48,6 @@ def packed_batch_of_encoder(
     arguments: dict[str, Any],
 ) -> PackedBatch | str:
     """What ``encoder``'s call on padded hidden states packs; or why it cannot."""
-    if captures_outputs():
-        return "hidden states or attention weights are asked for"
     others = {name: value for name, value in arguments.items() if name not in ("position_ids", *WITHOUT_EFFECT)}
     layers = layers_to_run(encoder, kind, config, x, x.dtype, others)
     if isinstance(layers, str):
@@ -74,6 +73,8 @@ def layers_to_run(
     arguments: dict[str, Any],
 ) -> list[LayerWeights] | str:
     """``encoder``'s layers for a packed call on ``x`` with these further arguments; or what stands against it."""
+    if captures_outputs():
+        return "hidden states or attention weights are asked for"
     obstacle = mode_obstacle(x) or attention_obstacle(config, kind.eager_attention)
     if obstacle is not None:
         return obstacle
@@ -82,13 +83,7 @@ def layers_to_run(
     for name, value in arguments.items():
         if value is not None and value is not False:
             return f"{name} is given"
-    layers = []
-    for index, module in enumerate(encoder.layer._modules.values()):
-        layer = layer_weights(module, kind, dtype)
-        if isinstance(layer, str):
-            return f"layer.{index}{layer}"
-        layers.append(layer)
-    return layers or "there are no layers"
+    return prepared_layers(encoder, encoder.layer, kind, dtype) or "there are no layers"
 
 
 def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Tensor:

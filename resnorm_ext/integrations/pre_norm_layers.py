@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 
 from ..engine.layers import LayerWeights
 from ..engine.linear import LinearShape
-from .layer_kind import LayerKind, layer_weights, linear_shapes, parts_as_built
+from .layer_kind import LayerKind, linear_shapes, parts_as_built
+from .prepared import prepared_layers
 from .replace import Finding, original_class
 from .transformers import captures_outputs, implementation_obstacle, mode_obstacle
 
@@ -50,8 +51,8 @@ def _weights_or_obstacle(
     for name, value in arguments.items():
         if value is not None and value is not False:
             return f"{name} is given"
-    weights = layer_weights(layer, kind, x.dtype)
-    return f"the layer{weights}" if isinstance(weights, str) else weights
+    layers = prepared_layers(layer, [layer], kind, x.dtype, "the layer")
+    return layers if isinstance(layers, str) else layers[0]
 
 
 class PreNormIntegration:

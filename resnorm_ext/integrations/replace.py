@@ -10,7 +10,8 @@ from torch import nn
 
 from ..engine.linear import LinearShape
 
-_CLASSES = "_resnorm_classes"  # on the instance: (original, replacement)
+# On the instance: (original, replacement); and what inference has made of a module's weights.
+_CLASSES, PREPARED = "_resnorm_classes", "_resnorm_prepared"
 
 
 class Finding(NamedTuple):
@@ -77,6 +78,11 @@ def put_back(module: nn.Module) -> None:
     elif current.__bases__ == (replacement,):  # as torch.nn.utils.parametrize makes them
         members = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(current.__name__, (original,), members)
+
+
+def forget_prepared(module: nn.Module) -> None:
+    """Drops what inference has made of ``module``'s weights."""
+    module.__dict__.pop(PREPARED, None)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
