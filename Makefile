@@ -30,6 +30,7 @@ bench: $(VENV)/built $(PEERS)/installed
 	$(BENCH) --threads 2 --isa avx2
 	$(BENCH) --threads 2 --allocator default --only 16384
 	$(BIN)/python benchmarks/bench_activation.py --output $(OUT)/activation.jsonl $(BENCH_FLAGS)
+	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_text.py --output $(OUT)/text.jsonl
 	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl $(OUT)/activation.jsonl --output $(OUT)
 
 lint: $(VENV)/installed

@@ -26,7 +26,7 @@ BATCH_SIZE = 32
 
 # What a profiled operator's own time counts as.
 PARTS = {
-    "linears": ("resnorm::linear", "mkldnn::", "aten::addmm", "aten::linear"),
+    "linears": ("resnorm::linear", "resnorm::packed_linear", "mkldnn::", "aten::addmm", "aten::linear"),
     "attention": ("resnorm::packed_attention", "aten::_scaled_dot_product"),
     "add + LayerNorm": ("resnorm::add_layer_norm", "resnorm::layer_norm"),
 }
