@@ -11,7 +11,7 @@ namespace resnorm {
 // submodules, hooks), in one row.
 pybind11::tuple module_state(const pybind11::tuple& modules);
 
-// Whether that is still `state`: the same objects, so that nothing has been set, added or taken away.
-bool has_module_state(const pybind11::tuple& modules, const pybind11::tuple& state);
+// Whether that is still `state`, but for the object `added`: nothing else has been set, added or taken away.
+bool has_module_state(const pybind11::tuple& modules, const pybind11::tuple& state, const pybind11::object& added);
 
 }  // namespace resnorm

@@ -58,6 +58,12 @@ class _Entry(NamedTuple):
 
 
 _entries: dict[tuple[int, ...], _Entry] = {}
+_generation = 0
+
+
+def generation() -> int:
+    """Grows whenever something is forgotten: what was made of parameters before is to be made anew."""
+    return _generation
 
 
 def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool = False) -> PreparedLinear:
@@ -107,6 +113,8 @@ def _pack(weight: Tensor, backend: str) -> Tensor:
 
 def forget_linears(parameters: Iterable[Tensor]) -> None:
     """Frees what is kept for any of ``parameters``."""
+    global _generation
+    _generation += 1
     forgotten = set(map(id, parameters))
     for key in [key for key in list(_entries) if not forgotten.isdisjoint(key)]:
         _entries.pop(key, None)

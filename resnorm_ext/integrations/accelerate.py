@@ -113,7 +113,7 @@ class Report(NamedTuple):
     """What is replaced in a model and what is not; ``str()`` of it is for people.
 
     Attributes:
-        linear_backends: what multiplies for each shape of linear layer on the packed path.
+        linear_backends: what multiplies in inference for each shape of linear layer.
     """
 
     replaced: list[Replaced]

@@ -47,8 +47,8 @@ class GPT2Block(modeling_gpt2.GPT2Block):
             )
         attention, config = self.attn, self.attn.config
         arguments = {name: value for name, value in kwargs.items() if name not in _FOR_ATTENTION}
-        upcast = attention.reorder_and_upcast_attn and config._attn_implementation == "eager"
-        weights = weights_for_inference(self, _KIND, config, hidden_states, {**arguments, "upcasting": upcast})
+        arguments["upcasting"] = attention.reorder_and_upcast_attn and config._attn_implementation == "eager"
+        weights = weights_for_inference(self, _KIND, config, hidden_states, arguments)
         if weights is not None:
             attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, kwargs)
             return run_layer(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
@@ -63,7 +63,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         return add(self.mlp(normed), hidden_states)
 
 
-_FOR_ATTENTION = ("position_ids", "cache_position")  # which transformers' attention functions are given, too
+_FOR_ATTENTION = ("position_ids", "cache_position", "is_causal")  # which transformers' attention functions are given
 
 
 def _attend(
@@ -85,7 +85,7 @@ def _attend(
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         key, value = cache.update(key, value, attention.layer_idx)
         as_given = key.size(2) == length and type(cache.layers[attention.layer_idx]) is DynamicLayer
-    if as_given and (mask is None or _only_hides_the_future(mask)):
+    if as_given and _is_causal(attention, mask, length, arguments):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
         return functional.packed_attention(qkv, cu_seqlens, scale=attention.scaling, causal=True)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -95,11 +95,18 @@ def _attend(
     return context.flatten(0, 1)
 
 
-def _only_hides_the_future(mask: Tensor) -> bool:
-    """Whether that is all that ``mask``, ``(batch or 1, 1, length, length)``, bool or additive, does."""
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    past = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+def _is_causal(
+    attention: modeling_gpt2.GPT2Attention, mask: Tensor | None, length: int, arguments: dict[str, Any]
+) -> bool:
+    """Whether a position sees itself and all before it, and nothing else."""
+    by_sdpa = attention.config._attn_implementation == "sdpa"
+    if mask is None:  # which eager attention takes for none at all
+        return by_sdpa and arguments.get("is_causal") is not False
+    if mask.shape[-2:] != (length, length) or not (mask.is_floating_point() or (by_sdpa and mask.dtype == torch.bool)):
+        return False
+    is_bool = mask.dtype == torch.bool
+    seen, hidden = (mask, ~mask) if is_bool else (mask == 0, mask <= torch.finfo(mask.dtype).min)
+    past = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     return bool((seen == past).all() and (hidden != past).all())
 
 

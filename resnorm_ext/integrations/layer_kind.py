@@ -125,8 +125,13 @@ def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Laye
         }
     except KeyError as error:
         return f" has a {error} that is not a parameter"
-    if any(weight.dtype != dtype or not weight.is_cpu for weight, _ in linears.values()):
+    if any(
+        tensor.dtype != dtype or not tensor.is_cpu for pair in linears.values() for tensor in pair if tensor is not None
+    ):
         return f" is not in {dtype} on the CPU, as its input"
+    out_dim = 1 if kind.linear is Conv1D else 0
+    if any(bias is not None and bias.shape != (weight.size(out_dim),) for weight, bias in linears.values()):
+        return " has a bias of another shape than its layer's"
     projections = [linears[name] for name in kind.projections]
     if len({bias is None for _, bias in projections}) > 1:
         return f".{kind.attention} has biases for some of its projections only"
@@ -161,11 +166,15 @@ def _activation_name(function: Any) -> str | None:
 def linear_shapes(model: nn.Module, kind: LayerKind) -> Iterator[LinearShape]:
     """Of the products that inference through the layers in ``model`` has."""
     for _, layer in named_modules(model, kind.types[0]):
-        parts = parts_as_built(layer, kind)
-        if isinstance(parts, str):
-            continue
-        for names in (kind.projections, *([name] for name in kind.denses())):
-            weights = [parts[name].weight for name in names]
-            sizes = [weight.shape[:: -1 if kind.linear is Conv1D else 1] for weight in weights]
-            if weights[0].is_cpu:
-                yield LinearShape(weights[0].dtype, sizes[0][1], sum(out_features for out_features, _ in sizes))
+        if not isinstance(parts_as_built(layer, kind), str):
+            yield from layer_shapes(layer, kind)
+
+
+def layer_shapes(layer: nn.Module, kind: LayerKind) -> Iterator[LinearShape]:
+    """Of the products of a ``layer`` as it was built, on the CPU."""
+    parts = parts_as_built(layer, kind)
+    for names in (kind.projections, *([name] for name in kind.denses())):
+        weights = [parts[name].weight for name in names]
+        sizes = [weight.shape[:: -1 if kind.linear is Conv1D else 1] for weight in weights]
+        if weights[0].is_cpu:
+            yield LinearShape(weights[0].dtype, sizes[0][1], sum(out_features for out_features, _ in sizes))

@@ -5,42 +5,53 @@ modules at every call costs more than a short sentence's arithmetic, comparing w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .._extension import extension
 from ..engine.layers import LayerWeights
-from .layer_kind import LayerKind, layer_weights, parts_as_built
+from ..engine.linear import LinearShape, generation
+from .layer_kind import LayerKind, layer_shapes, layer_weights, parts_as_built
 from .replace import PREPARED
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What ``prepared_layers`` has found. A copy or a pickle of it is empty."""
+    """Layers' weights and what they were made from. A copy or a pickle of it is None.
 
-    def __init__(self) -> None:
-        self.forget()
+    Attributes:
+        modules: all below the owner, which holds this and is not held by it.
+        state: what owner and modules held.
+        tensors: what was copied into the weights.
+        backends: of the layers' products.
+        generation: of all that is kept of parameters.
+    """
 
-    def forget(self) -> None:
-        self.modules: tuple[nn.Module, ...] = ()
-        self.state: tuple[object, ...] = ()
-        self.tensors: list[Tensor] = []
-        self.fingerprint = 0
-        self.dtype: torch.dtype | None = None
-        self.layers: list[LayerWeights] = []
+    layers: list[LayerWeights]
+    dtype: torch.dtype
+    modules: tuple[nn.Module, ...]
+    state: tuple[object, ...]
+    tensors: list[Tensor]
+    fingerprint: int
+    backends: dict[LinearShape, str]
+    generation: int
 
-    def is_current(self, dtype: torch.dtype) -> bool:
+    def is_current(self, owner: nn.Module, dtype: torch.dtype) -> bool:
         return (
             self.dtype == dtype
-            and extension.has_module_state(self.modules, self.state)
+            and self.generation == generation()
+            and extension.has_module_state((owner, *self.modules), self.state, self)
             and extension.weight_fingerprint(self.tensors) == self.fingerprint
+            and all(extension.linear_backend(*shape) == backend for shape, backend in self.backends.items())
         )
 
-    def __deepcopy__(self, memo: dict) -> Prepared:
-        return Prepared()
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
 
-    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
-        return Prepared, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def prepared_layers(
@@ -52,28 +63,34 @@ def prepared_layers(
     ``owner`` is the module that keeps them, and that holds ``layers`` or is the only one of them.
     """
     prepared = owner.__dict__.get(PREPARED)
-    if prepared is None:
-        prepared = owner.__dict__[PREPARED] = Prepared()
-    if prepared.is_current(dtype):
+    if prepared is not None and prepared.is_current(owner, dtype):
         return prepared.layers
-    prepared.forget()
+    owner.__dict__.pop(PREPARED, None)
+    # What changes from here on, by another thread, is found changed at the next call.
+    kept_from = generation()
+    _, *modules = owner.modules()
+    state = extension.module_state((owner, *modules))
+    tensors = [tensor for layer in layers for tensor in _tensors(layer, kind)]
+    fingerprint = extension.weight_fingerprint(tensors)
     found = []
     for index, layer in enumerate(layers):
         weights = layer_weights(layer, kind, dtype)
         if isinstance(weights, str):
             return f"{name.format(index)}{weights}"
         found.append(weights)
-    tensors = [tensor for layer in layers for tensor in _tensors(layer, kind)]
     if not any(tensor.is_inference() for tensor in tensors):  # they count no versions: changes would go unnoticed
-        prepared.modules = tuple(owner.modules())
-        prepared.state = extension.module_state(prepared.modules)
-        prepared.tensors, prepared.fingerprint = tensors, extension.weight_fingerprint(tensors)
-        prepared.dtype, prepared.layers = dtype, found
+        shapes = (shape for layer in layers for shape in layer_shapes(layer, kind))
+        backends = {shape: extension.linear_backend(*shape) for shape in shapes}
+        owner.__dict__[PREPARED] = Prepared(
+            found, dtype, tuple(modules), state, tensors, fingerprint, backends, kept_from
+        )
     return found
 
 
 def _tensors(layer: nn.Module, kind: LayerKind) -> list[Tensor]:
     """Those that are copied into a layer's weights."""
     parts = parts_as_built(layer, kind)
+    if isinstance(parts, str):
+        return []
     linears = [parts[name] for name in (*kind.projections, *kind.denses())]
-    return [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+    return [tensor for linear in linears for tensor in linear._parameters.values() if tensor is not None]

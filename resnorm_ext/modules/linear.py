@@ -14,7 +14,7 @@ from .eligibility import is_eager
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """``functional.linear``; in inference on the CPU by whichever library is the faster, from prepared weights.
+    """``functional.linear``; in inference on the CPU by whatever is the fastest, from prepared weights.
 
     The first call with a shape measures which that is, unless results must repeat from run to run.
     """

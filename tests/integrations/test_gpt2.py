@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,69 @@ def test_configurations(changes, implementation):
     model.set_attn_implementation(implementation)
     accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("none")
     assert_same(accelerated(**batch).last_hidden_state, model(**batch).last_hidden_state, batch)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("by", ["argument", "config"])
+@torch.no_grad()
+def test_attention_that_is_not_causal(by, implementation):
+    model = build(is_causal=False) if by == "config" else build()
+    model.set_attn_implementation(implementation)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("none")
+    how = {"is_causal": False} if by == "argument" else {}
+    expected = model(**batch, **how).last_hidden_state
+    assert (expected - build_causal(model)(**batch).last_hidden_state).abs().max() > 0.1
+    assert_same(accelerated(**batch, **how).last_hidden_state, expected, batch)
+
+
+def build_causal(model):
+    causal = build()
+    causal.load_state_dict(model.state_dict())
+    return causal
+
+
+LOWER = torch.ones(9, 9, dtype=torch.bool).tril()
+FIRST = torch.arange(9) == 0
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mask"),
+    [
+        ("sdpa", LOWER[None, None]),
+        ("sdpa", FIRST[None, None, None].expand(3, 1, 1, 9)),
+        ("sdpa", (LOWER | LOWER.roll(1, 1))[None, None]),
+        ("eager", LOWER[None, None].float()),
+        ("eager", torch.zeros(1, 1, 9, 9).masked_fill(~LOWER, torch.finfo(torch.float32).min)),
+        ("eager", (~LOWER[None, None]).long() * -1000),
+    ],
+)
+@torch.no_grad()
+def test_masks_of_four_dimensions(implementation, mask):
+    model = build()
+    model.set_attn_implementation(implementation)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("none")
+    actual, expected = (each(**batch, attention_mask=mask).last_hidden_state for each in (accelerated, model))
+    assert_same(actual, expected, batch)
+
+
+@torch.no_grad()
+def test_beam_search():
+    model = build("LMHeadModel")
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("left")
+    how = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    assert torch.equal(accelerated.generate(**batch, **how), model.generate(**batch, **how))
+
+
+@torch.no_grad()
+def test_several_threads():
+    """The first calls prepare the weights at the same time."""
+    model = build()
+    accelerated = accelerate(copy.deepcopy(model))
+    batches = [batch_of("none") for _ in range(16)]
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(torch.no_grad()(lambda batch: accelerated(**batch).last_hidden_state), batches))
+    for output, batch in zip(outputs, batches, strict=True):
+        assert_same(output, model(**batch).last_hidden_state, batch)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import weakref
 from collections import OrderedDict
@@ -36,6 +35,7 @@ def test_layers_are_prepared_once(pair):
     accelerated(**batch)
     layers = kept(accelerated).layers
     assert len(layers) == 2
+    assert not any(part is accelerated.encoder for part in kept(accelerated).modules)
     for mask in ("none", "holes"):
         accelerated(**inputs(mask))
         assert kept(accelerated).layers is layers
@@ -102,7 +102,17 @@ def train_a_part(model):
     model.encoder.layer[0].attention.output.dropout.train()
 
 
+def change_the_backend(model):
+    extension.set_linear_backend(torch.float32, 64, 32, "aten")
+
+
+def refresh_a_part(model):
+    refresh(model.encoder.layer[0])
+
+
 CHANGES = [
+    change_the_backend,
+    refresh_a_part,
     add_hook,
     add_hook_to_new_dict,
     replace_parameter,
@@ -135,7 +145,8 @@ def test_every_change_is_noticed(pair, change):
     for each in (model, accelerated):
         torch.manual_seed(4)
         outputs.append(each(**batch).last_hidden_state)
-    assert kept(accelerated).layers is not layers
+    now = accelerated.encoder.__dict__.get(PREPARED)
+    assert now is None or now.layers is not layers
     if change is not train_a_part:  # whose random numbers are others
         torch.testing.assert_close(*outputs, rtol=2e-5, atol=2e-5)
     else:
@@ -148,7 +159,7 @@ def test_copies_and_pickles_start_anew(pair):
     batch = inputs()
     expected = accelerated(**batch).last_hidden_state
     for twin in (copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
-        assert not kept(twin).layers and kept(twin) is not kept(accelerated)
+        assert kept(twin) is None
         assert torch.equal(twin(**batch).last_hidden_state, expected)
 
 
@@ -165,7 +176,6 @@ def test_it_goes_with_refresh_restore_and_the_model():
     encoder = weakref.ref(accelerated.encoder)
     weight = weakref.ref(kept(accelerated).layers[0].qkv.weight)
     del accelerated
-    gc.collect()
     assert encoder() is None and weight() is None
 
 
@@ -182,7 +192,7 @@ def test_parameters_made_in_inference_mode_are_not_kept(pair):
             torch.testing.assert_close(*outputs, rtol=2e-5, atol=2e-5)
             for each in (model, accelerated):
                 each.encoder.layer[0].output.dense.weight.mul_(1.5)
-        assert not kept(accelerated).layers
+        assert PREPARED not in accelerated.encoder.__dict__
 
 
 class TestModuleState:
@@ -190,17 +200,24 @@ class TestModuleState:
         module = nn.Linear(2, 2)
         module.number = 1000
         state = extension.module_state((module,))
-        assert extension.has_module_state((module,), state)
+        assert extension.has_module_state((module,), state, object())
         module.number = int("1000")
-        assert not extension.has_module_state((module,), state)
+        assert not extension.has_module_state((module,), state, object())
+
+    def test_all_but_what_was_added_counts(self):
+        module, added = nn.Linear(2, 2), object()
+        state = extension.module_state((module,))
+        module.kept = added
+        assert extension.has_module_state((module,), state, added)
+        assert not extension.has_module_state((module,), state, object())
 
     def test_order_and_number_count(self):
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)
         state = extension.module_state((first, second))
-        assert not extension.has_module_state((second, first), state)
-        assert not extension.has_module_state((first,), state)
-        assert not extension.has_module_state((first, second, nn.Linear(2, 2)), state)
-        assert extension.has_module_state((first, second), state)
+        assert not extension.has_module_state((second, first), state, object())
+        assert not extension.has_module_state((first,), state, object())
+        assert not extension.has_module_state((first, second, nn.Linear(2, 2)), state, object())
+        assert extension.has_module_state((first, second), state, object())
 
     def test_what_has_no_attributes_is_refused(self):
         with pytest.raises(AttributeError):

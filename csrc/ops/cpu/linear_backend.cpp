@@ -66,6 +66,7 @@ const std::string& linear_backend_override() {
 LinearBackend linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
   const auto& override = linear_backend_override();
   const auto wanted = override.empty() ? chosen({dtype, in_features, out_features}) : parse_linear_backend(override);
+  if (in_features == 0 || out_features == 0) return LinearBackend::kAten;
   const bool has_it = wanted == LinearBackend::kOneDnn    ? onednn::supports(dtype)
                       : wanted == LinearBackend::kResnorm ? packed_linear::supports(dtype)
                                                           : true;

@@ -23,7 +23,8 @@ bool supports(at::ScalarType dtype) { return packed_bytes(dtype, 1, 1) > 0; }
 Tensor pack_weight(const Tensor& weight) {
   const auto out_features = weight.size(0), in_features = weight.size(1);
   const auto bytes = packed_bytes(weight.scalar_type(), out_features, in_features);
-  TORCH_CHECK(bytes > 0, "Expected weights of a dtype that these kernels pack, but got ", weight.scalar_type());
+  TORCH_CHECK(bytes > 0, "Expected weights of at least one element of a dtype that these kernels pack, but got ",
+              weight.scalar_type(), " of shape ", weight.sizes());
   const RowView rows(weight, 1);
   auto packed = at::empty({static_cast<int64_t>(bytes / weight.element_size())}, weight.options());
   cpu_kernels().pack_weight({out_features, in_features, rows.const_rows(), packed.mutable_data_ptr()}, parallel_for);
@@ -39,6 +40,10 @@ Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, c
   TORCH_CHECK(weight.scalar_type() == dtype && weight.nbytes() == bytes, "Expected a weight packed for ", out_features,
               " features of inputs ", input.sizes(), " of ", dtype, ", but got ", weight.nbytes(), " bytes of ",
               weight.scalar_type());
+  TORCH_CHECK(!bias.has_value() ||
+                  (bias->dim() == 1 && bias->size(0) == out_features && bias->is_cpu() && bias->scalar_type() == dtype),
+              "Expected bias of shape [", out_features, "] of ", dtype, " on the CPU, but got bias of shape ",
+              bias->sizes(), " of ", bias->scalar_type(), " on ", bias->device());
   auto sizes = input.sizes().vec();
   sizes.back() = out_features;
   auto output = at::empty(sizes, input.options());
