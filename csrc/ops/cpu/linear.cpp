@@ -36,11 +36,12 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   check_linear(input, weight, bias, residual);
   const auto epilogue = parse_activation(activation);
   const auto dtype = input.scalar_type();
-  // Packing a weight for one call would not pay: where packed ones are best, oneDNN takes those that are not.
-  const bool by_onednn = input.numel() > 0 && weight.numel() > 0 && onednn::supports(dtype) &&
+  // Packing a weight for one call would not pay, nor would copying one that is transposed: where packed ones are best,
+  // oneDNN takes those that are not.
+  const bool by_onednn = input.numel() > 0 && weight.numel() > 0 && weight.is_contiguous() && onednn::supports(dtype) &&
                          linear_backend(dtype, weight.size(1), weight.size(0)) != LinearBackend::kAten;
   if (by_onednn) {
-    return onednn::linear(input, weight.contiguous(), bias, epilogue, residual);
+    return onednn::linear(input, weight, bias, epilogue, residual);
   }
   auto output = at::linear(input, weight, bias);
   activate_(epilogue, output);
