@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from resnorm_ext import functional
@@ -101,6 +102,18 @@ def test_a_prompt_in_two_parts():
     second = accelerated(ids[:, 5:], past_key_values=first.past_key_values)
     both = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
     torch.testing.assert_close(both, model(ids).last_hidden_state, rtol=5e-5, atol=5e-5)
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_cache():
+    model = build()
+    accelerated, ids = accelerate(copy.deepcopy(model)), torch.randint(1, 100, (2, 9))
+    outputs = []
+    for each in (model, accelerated):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        outputs.append([each(part, past_key_values=cache).last_hidden_state for part in (ids[:, :5], ids[:, 5:])])
+    for expected, actual in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(

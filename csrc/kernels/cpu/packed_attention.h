@@ -75,7 +75,7 @@ class HeadAttention {
     const std::int64_t depth = words_of<Words>(a_.head_dim);
     multiply<Words>(rows, buffers_.queries, buffers_.key_panels, depth * V::kSize, vectors_of(visible.last_row), depth,
                     score_piece(), buffers_.scores);
-    softmax<Words>(buffers_.scores, rows, visible, Words::kScalesQueries ? 1 : scale_, block.begin == 0, state);
+    softmax<Words>(buffers_.scores, rows, visible, kScalesQueries<Words> ? 1 : scale_, block.begin == 0, state);
     multiply<Words>(rows, buffers_.scores, buffers_.value_panels, block.value_stride(), vectors_of(a_.head_dim),
                     words_of<Words>(visible.last_row), kPiece, buffers_.products);
     for (std::int64_t i = 0; i < rows; ++i) {

@@ -14,6 +14,11 @@ namespace {
 
 constexpr std::int64_t vectors_of(std::int64_t values) { return (values + Vec<float>::kSize - 1) / Vec<float>::kSize; }
 
+// Whether queries, not scores, are multiplied by the scale: then no score is rounded after its row's largest has been
+// subtracted, and the largest's exponential is exactly 1. Words of bfloat16 would round the product.
+template <class Words>
+inline constexpr bool kScalesQueries = Words::kValues == 1;
+
 // body(i, lanes) for every vector of words that a row of values makes up; lanes of the last one are counted in values.
 template <class Words, class Body>
 RESNORM_INLINE void for_each_word_vector(std::int64_t values, const Body& body) {
@@ -29,7 +34,7 @@ RESNORM_NOINLINE void copy_queries(const T* queries, std::int64_t stride, std::i
   for (std::int64_t query = 0; query < count; ++query, queries += stride, rows += kRowStride) {
     for_each_word_vector<Words>(head_dim, [&](std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA {
       Vec<float> words = Words::load(queries + i, lanes);
-      if constexpr (Words::kScalesQueries) words = words * Vec<float>::broadcast(scale);
+      if constexpr (kScalesQueries<Words>) words = words * Vec<float>::broadcast(scale);
       words.store(rows + word_offset(i / Words::kValues), AllLanes{});
     });
   }

@@ -13,10 +13,6 @@ namespace {
 struct FloatWords {
   static constexpr int kValues = 1;  // of a word
 
-  // Whether queries, not scores, are multiplied by the scale: then no score is rounded after its row's largest has
-  // been subtracted, and the largest's exponential is exactly 1.
-  static constexpr bool kScalesQueries = true;
-
   // The word at `from`, in all lanes.
   static RESNORM_INLINE Vec<float> broadcast(const float* from) { return Vec<float>::broadcast(*from); }
 
@@ -50,7 +46,6 @@ struct WordsOf {
 
 struct BFloat16Pairs {
   static constexpr int kValues = 2;
-  static constexpr bool kScalesQueries = false;  // the product would be rounded to bfloat16
 
   static RESNORM_INLINE Vec<float> broadcast(const BFloat16* from) {
     int word;
