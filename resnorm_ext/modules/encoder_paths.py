@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The way a batch takes through encoder layers, chosen at every call:
 
-- **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; and without grad, where a
-  padding mask hides anything, no other mask but a causal one is given and all activations are ReLU or GELU.
+- **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; and without grad, where no
+  mask but one for padding and a causal one is given, all activations are ReLU or GELU, and padding hides anything or
+  there is a kernel for the attention.
 - **padded**: fused operators on the batch with its masks as given. Under torch.compile and export nothing depends on
   the masks' values.
 - **by modules**: the parts are called one by one, as torch.nn does, because one of them has a hook or is not what was
@@ -94,7 +95,22 @@ def encode_batch(
             key_padding_mask = hidden = None
         elif not torch.is_grad_enabled() and (mask is None or is_causal) and _can_pack(stack):
             return _run_packed(stack, src, hidden, is_causal)
+    if hidden is None and (mask is None or is_causal) and _has_attention_kernel(stack, src) and _can_pack(stack):
+        return _run_unpadded(stack, src, is_causal)
     return _zero_without_grad(_run_padded(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+
+
+def _has_attention_kernel(stack: Stack, src: Tensor) -> bool:
+    """Whether this package's kernel computes the attention of this call: inference on the CPU."""
+    return (
+        src.is_cpu
+        and not any(layer.self_attn.training and layer.self_attn.dropout > 0.0 for layer in stack.layers)
+        and src.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and src.numel() > 0
+        and not torch.is_grad_enabled()
+        and is_eager(src)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _can_pack(stack: Stack) -> bool:
@@ -109,6 +125,16 @@ def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool) -> 
     tokens = pack(_batch_first(src, stack), packing)
     output = run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=True)
     return _batch_first(unpack(output, packing), stack).contiguous()
+
+
+def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool) -> Tensor:
+    _report("packed: no padding")
+    x = _batch_first(src, stack)
+    batch, length, dim = x.shape
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+    pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=length)
+    output = run_layers(stack.layers, stack.final_norm, x.reshape(batch * length, dim), pattern, owns_x=False)
+    return _batch_first(output.view(x.shape), stack).contiguous()
 
 
 def _run_padded(
