@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Linear layers by this package's own product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnorm_ext._extension import ensure_loaded, extension
+from resnorm_ext.engine.linear import prepare_linear
+
+from .linear_cases import ACTIVATIONS, IN, OUT, ROWS, operands, reference
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    ensure_loaded()
+
+
+@pytest.fixture
+def packing():
+    extension.set_linear_backend(torch.float32, IN, OUT, "resnorm")
+    yield
+    extension.set_linear_backend(torch.float32, IN, OUT, "aten")
+
+
+def test_a_row_is_the_same_in_every_batch():
+    x, weight, bias, _ = operands(200)
+    packed = extension.packed_linear_pack_weight(weight)
+    whole = extension.packed_linear(x, packed, OUT, bias, "gelu")
+    for row in (0, 7, 64, 199):
+        assert torch.equal(extension.packed_linear(x[row : row + 1], packed, OUT, bias, "gelu")[0], whole[row])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_row_count(packing, activation):
+    for rows in ROWS:
+        x, weight, bias, _ = operands(rows)
+        output = prepare_linear((weight, bias))(x, activation)
+        assert output.shape == (rows, OUT) and output.is_contiguous()
+        expected = reference(x, weight, bias, activation, None)
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3, 5), (0, 4)])
+def test_leading_dimensions_and_no_bias(packing, leading):
+    x, weight, _, _ = operands(leading)
+    expected = reference(x, weight, None, "none", None)
+    torch.testing.assert_close(prepare_linear((weight, None))(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_strides(packing):
+    x, weight, bias, _ = operands((3, 16))
+    expected = reference(x, weight, bias, "gelu", None)
+    x, weight = x.transpose(0, 2).contiguous().transpose(0, 2), weight.t().contiguous()
+    output = prepare_linear((weight, bias), transposed=True)(x, "gelu")
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_with_an_odd_number_of_features():
+    if not extension.packed_linear_supports(torch.bfloat16):
+        pytest.skip("this CPU does not multiply bfloat16")
+    x, weight, bias, _ = (tensor.bfloat16() for tensor in operands(9))
+    x, weight = x[:, 1:], weight[:, 1:]
+    output = extension.packed_linear(x, extension.packed_linear_pack_weight(weight), OUT, bias, "none")
+    expected = reference(x, weight, bias, "none", None)
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2**-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_no_features(monkeypatch, shape):
+    extension.set_linear_backend(torch.float32, shape[1], shape[0], "resnorm")
+    x, weight = torch.randn(3, shape[1]), torch.randn(shape)
+    assert torch.equal(prepare_linear((weight, None))(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.zeros(1), torch.zeros(OUT, 1), torch.zeros(OUT).bfloat16(), torch.zeros(OUT, device="meta")]
+)
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    x, weight, _, _ = operands(4)
+    packed = extension.packed_linear_pack_weight(weight)
+    with pytest.raises(RuntimeError, match=r"Expected bias of shape .* but got bias of shape"):
+        extension.packed_linear(x, packed, OUT, bias, "none")
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight, bias, _ = operands(4)
+    packed = extension.packed_linear_pack_weight(weight)
+    for call in (
+        lambda: extension.packed_linear(x[:, 1:], packed, OUT, bias, "none"),
+        lambda: extension.packed_linear(x, packed, 4 * OUT, bias, "none"),
+        lambda: extension.packed_linear(x.bfloat16(), packed, OUT, bias, "none"),
+        lambda: extension.packed_linear(x, weight, OUT, bias, "none"),
+    ):
+        with pytest.raises(RuntimeError, match="Expected a weight packed for"):
+            call()
+    with pytest.raises(
+        RuntimeError,
+        match="Expected weights of at least one element of a dtype that these kernels pack, but got Half of shape",
+    ):
+        extension.packed_linear_pack_weight(weight.half())
