@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The weights of layers as inference reads them, kept until anything about the layers changes: looking at some hundred
-modules at every call costs more than a short sentence's arithmetic, comparing what they hold does not."""
+modules at every call costs more than a short sentence's arithmetic, comparing what they hold does not. What has been
+replaced since goes at the next call that asks, with ``refresh`` or with the model."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_bfloat16_with_an_odd_number_of_features():
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
-def test_no_features(monkeypatch, shape):
+def test_no_features(shape):
     extension.set_linear_backend(torch.float32, shape[1], shape[0], "resnorm")
     x, weight = torch.randn(3, shape[1]), torch.randn(shape)
     assert torch.equal(prepare_linear((weight, None))(x), F.linear(x, weight))

@@ -152,7 +152,7 @@ def test_dropout_acts_at_its_rate():
         outputs = [torch.stack([each(pixels)[0] for _ in range(1000)]) for each in (model, accelerated)]
     for statistic in (torch.mean, torch.std):
         expected, actual = (statistic(output, 0) for output in outputs)
-        assert (actual - expected).abs().mean() < 0.15 * outputs[0].std(0).mean()
+        assert (actual - expected).abs().mean() < 0.08 * outputs[0].std(0).mean()
 
 
 def test_compiles_without_a_break():
