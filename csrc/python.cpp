@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "engine/bindings.h"
 #include "kernels/cpu/dispatch.h"
 #include "module_state.h"
 #include "ops/add_layer_norm.h"
@@ -39,16 +40,6 @@ py::dict build_info() {
   info["cuda"] = py::none();
 #endif
   return info;
-}
-
-Tensor onednn_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                     c10::string_view activation) {
-  return onednn::linear(input, weight, bias, parse_activation(activation), std::nullopt);
-}
-
-Tensor packed_linear_by_name(const Tensor& input, const Tensor& weight, int64_t out_features,
-                             const OptionalTensor& bias, c10::string_view activation) {
-  return packed_linear::linear(input, weight, out_features, bias, parse_activation(activation));
 }
 
 std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
@@ -96,15 +87,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
   m.def("onednn_supports", torch::wrap_pybind_function(resnorm::onednn::supports));
   m.def("onednn_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::pack_weight));
-  m.def("onednn_linear", torch::wrap_pybind_function_no_gil(resnorm::onednn_linear));
-  m.def("onednn_padded_rows", resnorm::onednn::padded_rows);
   m.def("packed_linear_supports", torch::wrap_pybind_function(resnorm::packed_linear::supports));
   m.def("packed_linear_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::packed_linear::pack_weight));
-  m.def("packed_linear", torch::wrap_pybind_function_no_gil(resnorm::packed_linear_by_name));
   m.def("linear_backend", torch::wrap_pybind_function(resnorm::linear_backend_name));
   m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
+  resnorm::engine::bind(m);
   m.def("module_state", resnorm::module_state);
   m.def("has_module_state", resnorm::has_module_state);
   m.def("kernel_plan", torch::wrap_pybind_function(resnorm::kernel_plan_for_python), py::arg("kernel"),

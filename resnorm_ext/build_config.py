@@ -69,9 +69,9 @@ def isa_sources() -> list[str]:
 
 
 def torch_sources(*, cuda: bool) -> list[str]:
-    """Operators and bindings: everything that includes torch's headers."""
-    folders = ("", "autograd/", "composite/", "cpu/", *(("cuda/",) if cuda else ()))
-    return [*_glob("*.cpp"), *(source for folder in folders for source in _glob(f"ops/{folder}*.cpp"))]
+    """Operators, engine and bindings: everything that includes torch's headers."""
+    folders = (".", "engine", "ops", "ops/autograd", "ops/composite", "ops/cpu", *(("ops/cuda",) if cuda else ()))
+    return [source for folder in folders for source in _glob(f"{folder}/*.cpp")]
 
 
 def cuda_sources() -> list[str]:

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from .._extension import extension
 
-MAX_ROWS = 2048  # beyond this many rows at once float32 products slow down, and results no longer fit the caches
-
 
 class LinearShape(NamedTuple):
     """A linear layer as far as its speed depends on it."""
@@ -32,25 +30,8 @@ class LinearShape(NamedTuple):
     out_features: int
 
 
-class PreparedLinear(NamedTuple):
-    """``activation(x @ weight.T + bias)`` without grad; ``weight`` may be packed, and then only this can read it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    backend: str
-    out_features: int
-
-    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
-        """``(*, out_features)`` of ``x``, ``(*, in_features)``; ``activation`` as in ``functional.linear``."""
-        if self.backend == "resnorm":
-            return extension.packed_linear(x, self.weight, self.out_features, self.bias, activation)
-        if self.backend == "onednn":
-            return extension.onednn_linear(x, self.weight, self.bias, activation)
-        return extension.linear(x, self.weight, self.bias, activation, None)
-
-
 class _Entry(NamedTuple):
-    prepared: PreparedLinear
+    prepared: extension.PreparedLinear
     fingerprint: int
     # Kept alive, so that no other parameter can come to lie where these lay and be taken for them.
     storages: tuple[torch.UntypedStorage, ...]
@@ -66,7 +47,7 @@ def generation() -> int:
     return _generation
 
 
-def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool = False) -> PreparedLinear:
+def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool = False) -> extension.PreparedLinear:
     """The linear layer of ``(weight, bias)``, or of several with one input, whose outputs are to lie side by side.
 
     All weights are on the CPU and of one dtype and in_features: ``(out_features, in_features)``, or where
@@ -77,7 +58,7 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool =
     out_features = sum(weight.size(out_dim) for weight, _ in parameters)
     backend = extension.linear_backend(weight.dtype, weight.size(in_dim), out_features)
     if len(parameters) == 1 and (backend == "aten" or weight.is_inference()):
-        return PreparedLinear(weight.t() if transposed else weight, bias, "aten", out_features)
+        return extension.PreparedLinear(weight.t() if transposed else weight, bias, "aten", out_features)
     tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):  # they count no versions: their changes would go unnoticed
         return _prepare(parameters, transposed, "aten")
@@ -95,14 +76,16 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool =
     return entry.prepared
 
 
-def _prepare(parameters: tuple[tuple[Tensor, Tensor | None], ...], transposed: bool, backend: str) -> PreparedLinear:
+def _prepare(
+    parameters: tuple[tuple[Tensor, Tensor | None], ...], transposed: bool, backend: str
+) -> extension.PreparedLinear:
     weights, biases = zip(*parameters, strict=True)
     weights = [weight.detach().t() if transposed else weight.detach() for weight in weights]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = biases[0]
     if bias is not None:  # detached, because a parameter that is held here would never go
         bias = bias.detach() if len(biases) == 1 else torch.cat([bias.detach() for bias in biases])
-    return PreparedLinear(_pack(weight, backend), bias, backend, weight.size(0))
+    return extension.PreparedLinear(_pack(weight, backend), bias, backend, weight.size(0))
 
 
 def _pack(weight: Tensor, backend: str) -> Tensor:
@@ -158,7 +141,9 @@ def _fastest_backend(shapes: Iterable[LinearShape], backends: list[str]) -> str:
     for dtype, in_features, out_features in shapes:
         weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(dtype)
         bias = torch.zeros(out_features, dtype=dtype, device="cpu")
-        linears = [PreparedLinear(_pack(weight, backend), bias, backend, out_features) for backend in backends]
+        linears = []
+        for backend in backends:
+            linears.append(extension.PreparedLinear(_pack(weight, backend), bias, backend, out_features))
         for rows in _MEASURED_ROWS:
             x = torch.randn(rows, in_features, generator=generator, device="cpu").to(dtype)
             times = _shortest_times(*(partial(linear, x) for linear in linears))

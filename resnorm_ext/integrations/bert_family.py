@@ -133,11 +133,8 @@ def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     if isinstance(batch, str):
         return None
     name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
-    tensor = carrying(arguments[name], batch)
-    if name in kwargs:
-        return args, kwargs | {name: tensor}
-    index = _ARGUMENTS.index(name)
-    return (*args[:index], tensor, *args[index + 1 :]), kwargs
+    # The batch has what the mask says, from which the model would make one of length by length.
+    return (), arguments | {name: carrying(arguments[name], batch), "attention_mask": None}
 
 
 def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> PackedBatch | str:

@@ -16,7 +16,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..engine.pre_norm import run_layer
+from ..engine.encode import run_pre_norm
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
 from .pre_norm_layers import PreNormIntegration, weights_for_inference
@@ -51,7 +51,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         weights = weights_for_inference(self, _KIND, config, hidden_states, arguments)
         if weights is not None:
             attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, kwargs)
-            return run_layer(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
+            return run_pre_norm(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
         update, _ = attention(
             self.ln_1(hidden_states),
             past_key_values=past_key_values,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..engine.layers import LayerWeights, Norm
+from .._extension import extension
 from ..engine.linear import LinearShape, prepare_linear
 from ..modules.eligibility import activation_name
 from .replace import named_modules
@@ -107,7 +107,7 @@ def _not_as_built(module: nn.Module | None, *types: type[nn.Module]) -> str:
     return f" is a {actual.__module__}.{actual.__qualname__}, not a {types[-1].__name__}"
 
 
-def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> LayerWeights | str:
+def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> extension.LayerWeights | str:
     """Those of ``layer`` for a call in ``dtype``; or what stands against it."""
     parts = parts_as_built(layer, kind)
     if isinstance(parts, str):
@@ -120,7 +120,7 @@ def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Laye
     try:
         linears = {name: _weight_and_bias(parts[name]) for name in (*kind.projections, *kind.denses())}
         norms = {
-            name: Norm(*_weight_and_bias(parts[name]), parts[name].eps)
+            name: extension.Norm(*_weight_and_bias(parts[name]), parts[name].eps)
             for name in (kind.attention_norm, kind.feed_forward_norm)
         }
     except KeyError as error:
@@ -136,7 +136,7 @@ def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Laye
     if len({bias is None for _, bias in projections}) > 1:
         return f".{kind.attention} has biases for some of its projections only"
     prepare = partial(prepare_linear, transposed=kind.linear is Conv1D)
-    return LayerWeights(
+    return extension.LayerWeights(
         num_heads=getattr(attention, kind.num_heads),
         scale=attention.scaling,
         qkv=prepare(*projections),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..engine.layers import LayerWeights
+from .._extension import extension
+from ..engine.encode import encode_post_norm
 from ..engine.packing import unpack
-from ..engine.post_norm import encode
 from .layer_kind import LayerKind, parts_as_built
 from .prepared import prepared_layers
 from .transformers import (
@@ -71,7 +71,7 @@ def layers_to_run(
     x: Tensor,
     dtype: torch.dtype,
     arguments: dict[str, Any],
-) -> list[LayerWeights] | str:
+) -> list[extension.LayerWeights] | str:
     """``encoder``'s layers for a packed call on ``x`` with these further arguments; or what stands against it."""
     if captures_outputs():
         return "hidden states or attention weights are asked for"
@@ -92,7 +92,7 @@ def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Ten
     _log.debug(
         "%s: packed, %d tokens of %d x %d", type(encoder).__name__, len(tokens), packing.batch_size, packing.length
     )
-    return unpack(encode(tokens, packing.cu_seqlens, batch.layers), packing)
+    return unpack(encode_post_norm(tokens, packing.cu_seqlens, batch.layers), packing)
 
 
 def log_obstacle(encoder: nn.Module, obstacle: str) -> None:

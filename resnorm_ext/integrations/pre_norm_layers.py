@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..engine.layers import LayerWeights
+from .._extension import extension
 from ..engine.linear import LinearShape
 from .layer_kind import LayerKind, linear_shapes, parts_as_built
 from .prepared import prepared_layers
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 def weights_for_inference(
     layer: nn.Module, kind: LayerKind, config: PreTrainedConfig, x: Tensor, arguments: dict[str, Any]
-) -> LayerWeights | None:
+) -> extension.LayerWeights | None:
     """Those of ``layer`` where its call on ``x`` with these further arguments is inference on its weights alone.
 
     None where anything about the call or the layer asks for the original computation.
@@ -40,7 +40,7 @@ def weights_for_inference(
 
 def _weights_or_obstacle(
     layer: nn.Module, kind: LayerKind, config: PreTrainedConfig, x: Tensor, arguments: dict[str, Any]
-) -> LayerWeights | str:
+) -> extension.LayerWeights | str:
     if captures_outputs():
         return "hidden states or attention weights are asked for"
     obstacle = mode_obstacle(x) or implementation_obstacle(config, kind.eager_attention)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._extension import extension
-from ..engine.layers import LayerWeights
 from ..engine.linear import LinearShape, generation
 from .layer_kind import LayerKind, layer_shapes, layer_weights, parts_as_built
 from .replace import PREPARED
@@ -30,7 +29,7 @@ class Prepared:
         generation: of all that is kept of parameters.
     """
 
-    layers: list[LayerWeights]
+    layers: list[extension.LayerWeights]
     dtype: torch.dtype
     modules: tuple[nn.Module, ...]
     state: tuple[object, ...]
@@ -57,7 +56,7 @@ class Prepared:
 
 def prepared_layers(
     owner: nn.Module, layers: Sequence[nn.Module], kind: LayerKind, dtype: torch.dtype, name: str = "layer.{}"
-) -> list[LayerWeights] | str:
+) -> list[extension.LayerWeights] | str:
     """The weights of ``layers`` for a call in ``dtype``; or what stands against it: ``name``, with the layer's index,
     and why.
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..engine.layers import LayerWeights
+from .._extension import extension
 from ..engine.packing import Packing, packing_of
 from ..modules.eligibility import has_global_hooks, is_eager, is_plain
 
@@ -84,7 +84,7 @@ class PackedBatch(NamedTuple):
     """A batch that is to go through ``layers`` without padding."""
 
     packing: Packing
-    layers: list[LayerWeights]
+    layers: list[extension.LayerWeights]
 
 
 def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:

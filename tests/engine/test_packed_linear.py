@@ -25,12 +25,16 @@ def packing():
     extension.set_linear_backend(torch.float32, IN, OUT, "aten")
 
 
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, out_features: int = OUT):
+    return extension.PreparedLinear(extension.packed_linear_pack_weight(weight), bias, "resnorm", out_features)
+
+
 def test_a_row_is_the_same_in_every_batch():
     x, weight, bias, _ = operands(200)
-    packed = extension.packed_linear_pack_weight(weight)
-    whole = extension.packed_linear(x, packed, OUT, bias, "gelu")
+    linear = packed_linear(weight, bias)
+    whole = linear(x, "gelu")
     for row in (0, 7, 64, 199):
-        assert torch.equal(extension.packed_linear(x[row : row + 1], packed, OUT, bias, "gelu")[0], whole[row])
+        assert torch.equal(linear(x[row : row + 1], "gelu")[0], whole[row])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -63,7 +67,7 @@ def test_bfloat16_with_an_odd_number_of_features():
         pytest.skip("this CPU does not multiply bfloat16")
     x, weight, bias, _ = (tensor.bfloat16() for tensor in operands(9))
     x, weight = x[:, 1:], weight[:, 1:]
-    output = extension.packed_linear(x, extension.packed_linear_pack_weight(weight), OUT, bias, "none")
+    output = packed_linear(weight, bias)(x)
     expected = reference(x, weight, bias, "none", None)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2**-6)
 
@@ -80,19 +84,19 @@ def test_no_features(shape):
 )
 def test_a_bias_that_does_not_fit_is_refused(bias):
     x, weight, _, _ = operands(4)
-    packed = extension.packed_linear_pack_weight(weight)
+    linear = packed_linear(weight, bias)
     with pytest.raises(RuntimeError, match=r"Expected bias of shape .* but got bias of shape"):
-        extension.packed_linear(x, packed, OUT, bias, "none")
+        linear(x)
 
 
 def test_what_does_not_fit_is_refused():
     x, weight, bias, _ = operands(4)
-    packed = extension.packed_linear_pack_weight(weight)
+    linear = packed_linear(weight, bias)
     for call in (
-        lambda: extension.packed_linear(x[:, 1:], packed, OUT, bias, "none"),
-        lambda: extension.packed_linear(x, packed, 4 * OUT, bias, "none"),
-        lambda: extension.packed_linear(x.bfloat16(), packed, OUT, bias, "none"),
-        lambda: extension.packed_linear(x, weight, OUT, bias, "none"),
+        lambda: linear(x[:, 1:]),
+        lambda: packed_linear(weight, bias, 4 * OUT)(x),
+        lambda: linear(x.bfloat16()),
+        lambda: extension.PreparedLinear(weight, bias, "resnorm", OUT)(x),
     ):
         with pytest.raises(RuntimeError, match="Expected a weight packed for"):
             call()

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import resnorm_ext
+from resnorm_ext._extension import extension
+from resnorm_ext.engine.encode import MAX_ROWS, encode_post_norm
 from resnorm_ext.functional import add_layer_norm, packed_attention
 
 
@@ -19,7 +21,33 @@ def attend(tokens: int) -> torch.Tensor:
     return packed_attention(torch.ones(tokens, 3, 2, 64), torch.tensor([0, tokens], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("call", [normalize, attend])
+def layers_of(count: int, dim: int = 32) -> list:
+    """Post-norm layers whose products are this package's."""
+
+    def linear(out_features: int, in_features: int):
+        weight = torch.full((out_features, in_features), 0.01)
+        return extension.PreparedLinear(extension.packed_linear_pack_weight(weight), None, "resnorm", out_features)
+
+    norm = extension.Norm(None, None, 1e-5)
+    layer = extension.LayerWeights(
+        num_heads=2,
+        scale=1.0,
+        qkv=linear(3 * dim, dim),
+        attention_output=linear(dim, dim),
+        attention_norm=norm,
+        intermediate=linear(4 * dim, dim),
+        activation="gelu",
+        output=linear(dim, 4 * dim),
+        feed_forward_norm=norm,
+    )
+    return [layer] * count
+
+
+def encode(tokens: int, layers: int = 2) -> torch.Tensor:
+    return encode_post_norm(torch.ones(tokens, 32), torch.tensor([0, tokens], dtype=torch.int32), layers_of(layers))
+
+
+@pytest.mark.parametrize("call", [normalize, attend, encode])
 def test_what_is_kept_does_not_grow_with_calls_and_is_freed(call):
     resnorm_ext.free_workspaces()
     expected = call(40_000 if call is normalize else 600).clone()
@@ -37,6 +65,25 @@ def test_attention_keeps_no_more_for_longer_sequences():
         attend(tokens)
         kept.append(resnorm_ext.free_workspaces())
     assert 0 < kept[1] == kept[0]
+
+
+def test_layers_keep_no_more_for_longer_sequences():
+    kept = []
+    for tokens in (MAX_ROWS, 3 * MAX_ROWS):
+        resnorm_ext.free_workspaces()
+        encode(MAX_ROWS)
+        encode(tokens)
+        kept.append(resnorm_ext.free_workspaces())
+    assert 0 < kept[1] == kept[0]
+
+
+def test_layers_allocate_nothing():
+    counts = []
+    for layers in (1, 6):
+        with torch.profiler.profile() as profile:
+            encode(70, layers)
+        counts.append(sum("empty" in event.name for event in profile.events()))
+    assert counts[0] == counts[1] > 0
 
 
 def test_usual_rows_need_none():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from resnorm_ext.engine import chunks
+from resnorm_ext.engine import encode
 from resnorm_ext.integrations import accelerate, report, restore
 
 vit = pytest.importorskip("transformers.models.vit.modeling_vit")
@@ -60,7 +60,7 @@ def test_inference(changes, implementation, debug):
 
 @torch.no_grad()
 def test_long_batches_go_in_chunks(monkeypatch):
-    monkeypatch.setattr(chunks, "MAX_ROWS", 25)  # two images of ten positions
+    monkeypatch.setattr(encode, "MAX_ROWS", 25)  # two images of ten positions
     model = build()
     accelerated, pixels = accelerate(copy.deepcopy(model)), images(5)
     torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)

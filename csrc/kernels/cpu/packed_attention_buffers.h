@@ -31,8 +31,8 @@ class AttentionBuffers {
     };
     std::int64_t floats = 0;
     for (const std::int64_t size : sizes) floats += size;
-    float* memory = static_cast<float*>(
-        thread_buffer(0, floats * sizeof(float) + static_cast<std::size_t>(pass_groups) * sizeof(SoftmaxState)));
+    const auto bytes = floats * sizeof(float) + static_cast<std::size_t>(pass_groups) * sizeof(SoftmaxState);
+    float* memory = static_cast<float*>(thread_buffer(kFirstKernelBuffer, bytes));
     float** const buffers[] = {&key_panels, &value_panels, &queries, &scores, &products, &outputs};
     for (int i = 0; i < 6; ++i) {
       *buffers[i] = memory;

@@ -22,7 +22,7 @@ class RowBuffers {
   template <class T>
   T* take(std::int64_t count) {
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kLineBytes - 1) / kLineBytes * kLineBytes;
-    if (bytes > sizeof(stack_) - used_) return static_cast<T*>(thread_buffer(thread_buffers_++, bytes));
+    if (bytes > sizeof(stack_) - used_) return static_cast<T*>(thread_buffer(next_buffer_++, bytes));
     void* taken = stack_ + used_;
     used_ += bytes;
     return static_cast<T*>(taken);
@@ -30,7 +30,7 @@ class RowBuffers {
 
  private:
   alignas(kLineBytes) unsigned char stack_[48 * 1024];
-  std::size_t used_ = 0, thread_buffers_ = 0;
+  std::size_t used_ = 0, next_buffer_ = kFirstKernelBuffer;
 };
 
 template <class T>

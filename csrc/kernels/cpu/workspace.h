@@ -21,8 +21,11 @@ inline constexpr std::int64_t kStreamedBytes = 16 * 1024 * 1024;
 inline constexpr std::size_t kLineBytes = 64;
 
 // Memory of the calling thread, of `bytes` bytes at least and aligned to lines, that lives on for its next task: rows
-// that are too long for the stack cost no fresh pages at every call. A task's buffers differ in `index`.
+// that are too long for the stack cost no fresh pages at every call. A task's buffers differ in `index`: kernels count
+// theirs from kFirstKernelBuffer on; the other is that of whoever calls several kernels one after another.
 void* thread_buffer(std::size_t index, std::size_t bytes);
+
+inline constexpr std::size_t kActivationsBuffer = 0, kFirstKernelBuffer = 1;
 
 // Frees those of the calling thread, between its tasks; returns how many bytes they were.
 std::size_t free_thread_buffers();

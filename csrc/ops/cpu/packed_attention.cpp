@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "../composite/packed_attention.h"
+#include "packed_attention.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../composite/packed_attention.h"
 #include "../operands.h"
 #include "kernel_call.h"
 
@@ -53,21 +54,25 @@ void attend_by_kernel(const Tensor& qkv, const Tensor& bounds, double scale, boo
                                  parallel_for);
 }
 
-// The kernel has no float64, and its scores' largest is the largest only where the scale is not negative.
 Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
-                            std::optional<double> given_scale, bool causal) {
-  auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, given_scale, causal);
-  const auto scale = composite::scale_or_default(given_scale, qkv);
-  if (qkv.scalar_type() == at::kDouble || scale < 0) {
-    attend_by_sequence(qkv, composite::sequences_of(cu_seqlens, qkv.size(0), max_seqlen), scale, causal, output);
-    return output;
-  }
+                            std::optional<double> scale, bool causal) {
+  auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, scale, causal);
   const auto bounds = composite::bounds_of(cu_seqlens, qkv.size(0), max_seqlen);
-  if (output.numel() > 0) attend_by_kernel(qkv, bounds, scale, causal, output);
+  attend_into(output, qkv, bounds, composite::scale_or_default(scale, qkv), causal);
   return output;
 }
 
 }  // namespace
+
+// The kernel has no float64, and its scores' largest is the largest only where the scale is not negative.
+void attend_into(const Tensor& output, const Tensor& qkv, const Tensor& bounds, double scale, bool causal) {
+  if (output.numel() == 0) return;
+  if (qkv.scalar_type() == at::kDouble || scale < 0) {
+    attend_by_sequence(qkv, composite::sequences_of(bounds, qkv.size(0), std::nullopt), scale, causal, output);
+  } else {
+    attend_by_kernel(qkv, bounds, scale, causal, output);
+  }
+}
 
 TORCH_LIBRARY_IMPL(resnorm, CPU, m) { m.impl("packed_attention", packed_attention_cpu); }
 

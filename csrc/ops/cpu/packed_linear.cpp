@@ -31,11 +31,12 @@ Tensor pack_weight(const Tensor& weight) {
   return packed;
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
-              Activation activation) {
+void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
+                const Tensor& output) {
   RECORD_FUNCTION("resnorm::packed_linear",
                   c10::ArrayRef<const c10::IValue>{});  // no operator, but in profiles like one
   const auto dtype = input.scalar_type();
+  const auto out_features = output.size(1);
   const auto bytes = packed_bytes(dtype, out_features, input.size(-1));
   TORCH_CHECK(weight.scalar_type() == dtype && weight.nbytes() == bytes, "Expected a weight packed for ", out_features,
               " features of inputs ", input.sizes(), " of ", dtype, ", but got ", weight.nbytes(), " bytes of ",
@@ -44,15 +45,11 @@ Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, c
                   (bias->dim() == 1 && bias->size(0) == out_features && bias->is_cpu() && bias->scalar_type() == dtype),
               "Expected bias of shape [", out_features, "] of ", dtype, " on the CPU, but got bias of shape ",
               bias->sizes(), " of ", bias->scalar_type(), " on ", bias->device());
-  auto sizes = input.sizes().vec();
-  sizes.back() = out_features;
-  auto output = at::empty(sizes, input.options());
-  if (output.numel() == 0) return output;
-  const auto matrix = input.reshape({-1, input.size(-1)});
-  const RowView rows(matrix, 1);
+  if (output.numel() == 0) return;
+  const RowView rows(input, 1);
   const VectorView bias_view(bias);
-  cpu_kernels().packed_linear({.rows = matrix.size(0),
-                               .cols = matrix.size(1),
+  cpu_kernels().packed_linear({.rows = input.size(0),
+                               .cols = input.size(1),
                                .out_features = out_features,
                                .input = rows.const_rows(),
                                .packed = weight.const_data_ptr(),
@@ -60,6 +57,14 @@ Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, c
                                .activation = activation,
                                .output = result_rows(output, 1, true)},
                               parallel_for);
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
+              Activation activation) {
+  auto sizes = input.sizes().vec();
+  sizes.back() = out_features;
+  auto output = at::empty(sizes, input.options());
+  linear_out(input.reshape({-1, input.size(-1)}), weight, bias, activation, output.view({-1, out_features}));
   return output;
 }
 

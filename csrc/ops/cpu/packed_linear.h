@@ -12,6 +12,10 @@ bool supports(at::ScalarType dtype);
 // `weight`, (out_features, in_features), in the layout of the kernels in use: opaque, one-dimensional, of its dtype.
 Tensor pack_weight(const Tensor& weight);
 
+// activation(input weight^T + bias) into `output`; input and output are matrices, `output` contiguous, `weight` packed.
+void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
+                const Tensor& output);
+
 // As resnorm::linear; `weight` is packed.
 Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
               Activation activation);

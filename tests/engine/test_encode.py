@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from resnorm_ext._extension import ensure_loaded, extension
-from resnorm_ext.engine import chunks
-from resnorm_ext.engine.layers import LayerWeights, Norm
+from resnorm_ext.engine import encode
 from resnorm_ext.engine.linear import prepare_linear
-from resnorm_ext.engine.post_norm import encode
 
 DIM, HEADS, HIDDEN = 16, 2, 24
 LENGTHS = (3, 1, 0, 70, 5)
@@ -30,18 +28,18 @@ def torch_layers(count: int) -> list[nn.TransformerEncoderLayer]:
     return layers
 
 
-def weights_of(layer: nn.TransformerEncoderLayer) -> LayerWeights:
+def weights_of(layer: nn.TransformerEncoderLayer) -> extension.LayerWeights:
     attention = layer.self_attn
-    return LayerWeights(
-        HEADS,
-        (DIM / HEADS) ** -0.5,
-        prepare_linear((attention.in_proj_weight, attention.in_proj_bias)),
-        prepare_linear((attention.out_proj.weight, attention.out_proj.bias)),
-        Norm(layer.norm1.weight, layer.norm1.bias, layer.norm1.eps),
-        prepare_linear((layer.linear1.weight, layer.linear1.bias)),
-        "gelu",
-        prepare_linear((layer.linear2.weight, layer.linear2.bias)),
-        Norm(layer.norm2.weight, layer.norm2.bias, layer.norm2.eps),
+    return extension.LayerWeights(
+        num_heads=HEADS,
+        scale=(DIM / HEADS) ** -0.5,
+        qkv=prepare_linear((attention.in_proj_weight, attention.in_proj_bias)),
+        attention_output=prepare_linear((attention.out_proj.weight, attention.out_proj.bias)),
+        attention_norm=extension.Norm(layer.norm1.weight, layer.norm1.bias, layer.norm1.eps),
+        intermediate=prepare_linear((layer.linear1.weight, layer.linear1.bias)),
+        activation="gelu",
+        output=prepare_linear((layer.linear2.weight, layer.linear2.bias)),
+        feed_forward_norm=extension.Norm(layer.norm2.weight, layer.norm2.bias, layer.norm2.eps),
     )
 
 
@@ -63,12 +61,12 @@ def test_encode(monkeypatch, lengths, backend, max_rows):
         pytest.skip("this PyTorch has no oneDNN linear")
     for shape in ((DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)):
         extension.set_linear_backend(torch.float32, *shape, backend)
-    monkeypatch.setattr(chunks, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(encode, "MAX_ROWS", max_rows)
     layers = torch_layers(2)
     tokens = torch.randn(sum(lengths), DIM)
     before = tokens.clone()
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    output = encode(tokens, cu_seqlens, [weights_of(layer) for layer in layers])
+    output = encode.encode_post_norm(tokens, cu_seqlens, [weights_of(layer) for layer in layers])
     assert torch.equal(tokens, before)
     expected = reference(layers, tokens, lengths) if lengths else tokens.double()
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)

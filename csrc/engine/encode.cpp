@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "encode.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+
+#include "../ops/add_layer_norm.h"
+#include "../ops/cpu/packed_attention.h"
+#include "../ops/layer_norm.h"
+#include "../ops/residual_add.h"
+#include "activations.h"
+#include "chunks.h"
+
+namespace resnorm::engine {
+
+namespace {
+
+bool uses_onednn(const Layers& layers) {
+  for (const auto& layer : layers) {
+    for (const auto* linear : {&layer->qkv, &layer->attention_output, &layer->intermediate, &layer->output}) {
+      if (linear->backend == LinearBackend::kOneDnn) return true;
+    }
+  }
+  return false;
+}
+
+Tensor split_heads(const Tensor& qkv, const LayerWeights& layer) {
+  return qkv.view({qkv.size(0), 3, layer.num_heads, -1});
+}
+
+void attend(const Tensor& qkv, const Tensor& bounds, const LayerWeights& layer, const Tensor& context) {
+  RECORD_FUNCTION("resnorm::packed_attention", c10::ArrayRef<const c10::IValue>{});  // in profiles like the operator
+  attend_into(context.view({context.size(0), layer.num_heads, -1}), split_heads(qkv, layer), bounds, layer.scale,
+              /*causal=*/false);
+}
+
+// output = norm(x + update); sum = x + update, where it is wanted.
+void add_layer_norm(const Tensor& update, const Tensor& x, const Norm& norm, const Tensor& output,
+                    const OptionalTensor& sum = std::nullopt) {
+  add_layer_norm_out(update, x, {x.size(1)}, norm.weight, norm.bias, norm.eps, std::nullopt, 0.0, std::nullopt,
+                     std::nullopt, output, sum);
+}
+
+void run_post_norm(const Layers& layers, const Chunk& chunk, int64_t max_rows) {
+  Activations memory(layers, chunk.tokens, max_rows);
+  auto x = chunk.tokens;
+  for (const auto& layer : layers) {
+    memory.fit(*layer);
+    attend(layer->qkv.multiply(x, memory.qkv), chunk.cu_seqlens, *layer, memory.context);
+    const auto attended = layer->attention_output.multiply(memory.context, memory.stream[0]);
+    add_layer_norm(attended, x, layer->attention_norm, attended);
+    const auto hidden = layer->intermediate.multiply(attended, memory.hidden, layer->activation);
+    const auto update = layer->output.multiply(hidden, memory.stream[1]);
+    x = &layer == &layers.back() ? chunk.output : update;
+    add_layer_norm(update, attended, layer->feed_forward_norm, x);
+  }
+}
+
+Tensor pre_norm_qkv(const LayerWeights& layer, const Tensor& x, const Tensor& normed, const Tensor& qkv) {
+  const auto& norm = layer.attention_norm;
+  layer_norm_out(x, {x.size(1)}, norm.weight, norm.bias, norm.eps, normed);
+  return layer.qkv.multiply(normed, qkv);
+}
+
+void finish_pre_norm(const LayerWeights& layer, const Tensor& x, const Tensor& context, const Activations& memory,
+                     const Tensor& output) {
+  const auto attended = layer.attention_output.multiply(context, memory.stream[0]);
+  add_layer_norm(attended, x, layer.feed_forward_norm, attended, memory.stream[1]);
+  const auto hidden = layer.intermediate.multiply(attended, memory.hidden, layer.activation);
+  const auto update = layer.output.multiply(hidden, memory.stream[0]);
+  residual_add_out(update, memory.stream[1], std::nullopt, 0.0, std::nullopt, std::nullopt, output);
+}
+
+}  // namespace
+
+Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, int64_t max_rows) {
+  return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers),
+                   [&](const Chunk& chunk) { run_post_norm(layers, chunk, max_rows); });
+}
+
+Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std::shared_ptr<const LayerWeights>& layer,
+                       int64_t max_rows) {
+  const Layers layers{layer};
+  return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers), [&](const Chunk& chunk) {
+    Activations memory(layers, chunk.tokens, max_rows);
+    memory.fit(*layer);
+    const auto qkv = pre_norm_qkv(*layer, chunk.tokens, memory.stream[0], memory.qkv);
+    attend(qkv, chunk.cu_seqlens, *layer, memory.context);
+    finish_pre_norm(*layer, chunk.tokens, memory.context, memory, chunk.output);
+  });
+}
+
+// Memory is taken for each half, because `attend` may come here again.
+Tensor run_pre_norm(const Tensor& x, const std::shared_ptr<const LayerWeights>& layer,
+                    const std::function<Tensor(const Tensor&)>& attend, int64_t max_rows) {
+  const Layers layers{layer};
+  auto output = at::empty(x.sizes(), x.options());
+  const auto qkv = [&] {
+    const Activations memory(layers, x, max_rows);
+    return pre_norm_qkv(*layer, x, memory.stream[0], at::empty({x.size(0), layer->qkv.out_features}, x.options()));
+  }();
+  const auto context = attend(split_heads(qkv, *layer));
+  Activations memory(layers, x, max_rows);
+  memory.fit(*layer);
+  finish_pre_norm(*layer, x, context.reshape({x.size(0), -1}), memory, output);
+  return output;
+}
+
+}  // namespace resnorm::engine

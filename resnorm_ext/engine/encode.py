@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Inference through Transformer layers on the CPU, each function one call into csrc/engine. No grad; inputs are not
+written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .._extension import extension
+
+# How many rows go through the layers at once: what is written for them stays in the caches. Memory for as many is kept
+# by every thread that runs layers.
+MAX_ROWS = 1024
+
+
+def encode_post_norm(tokens: Tensor, cu_seqlens: Tensor, layers: Sequence[extension.LayerWeights]) -> Tensor:
+    """The last layer's output, ``(tokens, dim)``, for packed ``tokens`` with these sequences' bounds, through post-norm
+    layers (Vaswani et al. 2017; BERT)."""
+    return extension.encode_post_norm(tokens, cu_seqlens, layers, MAX_ROWS)
+
+
+def encode_pre_norm(tokens: Tensor, cu_seqlens: Tensor, layer: extension.LayerWeights) -> Tensor:
+    """The same through one pre-norm layer (Xiong et al. 2020; ViT)."""
+    return extension.encode_pre_norm(tokens, cu_seqlens, layer, MAX_ROWS)
+
+
+def run_pre_norm(x: Tensor, layer: extension.LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """The output of a pre-norm layer for ``x``, ``(rows, dim)``, whose attention is the caller's.
+
+    Args:
+        attend: from queries, keys and values, ``(rows, 3, num_heads, head_dim)``, which it may keep, to the context,
+            ``(rows, ...)``.
+    """
+    return extension.run_pre_norm(x, layer, attend, MAX_ROWS)
