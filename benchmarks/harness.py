@@ -21,7 +21,16 @@ from resnorm_ext.info import cpu
 # their order. With these the allocator keeps its pages, for every contender alike.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 
-PEERS = ("flash-attn", "liger-kernel", "onnxruntime", "quack-kernels", "triton")
+PEERS = (
+    "ctranslate2",
+    "flash-attn",
+    "liger-kernel",
+    "onnxruntime",
+    "openvino",
+    "quack-kernels",
+    "triton",
+    "zentorch",
+)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import resource
 import statistics
 import sys
 import time
@@ -45,23 +46,23 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-@torch.inference_mode()
 def measure(options: argparse.Namespace) -> dict[str, object]:
     load, _ = ENGINES[options.engine]
     path = bundled_model()
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = standard_library_texts()
     arrival, by_length = (_batches(tokenizer, each) for each in (texts, sorted(texts, key=len)))
-    encode = load(path, getattr(torch, options.dtype), options.threads)
+    encode = torch.inference_mode()(load(path, getattr(torch, options.dtype), options.threads))
     warm_up = dict(
         tokenizer(texts[: BATCH_SIZE - 1], padding="max_length", truncation=True, max_length=200, return_tensors="pt")
     )  # of a batch size that is not timed
     for _ in range(2):
         encode(warm_up)
     seconds = {"arrival": _pass(encode, arrival), "sorted": _pass(encode, by_length)}
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of the process so far
     for tokens in SENTENCE_TOKENS:
         seconds[f"{tokens} tokens"] = _sentence(encode, tokenizer, texts, tokens)
-    return {"seconds": seconds, "error": _error(encode, arrival, options)}
+    return {"seconds": seconds, "peak_mib": peak_mib, "error": _error(encode, arrival, options)}
 
 
 def _batches(tokenizer, texts: list[str]) -> list[dict[str, Tensor]]:

@@ -42,7 +42,8 @@ struct LayerWeights {
   double scale;        // of the attention scores
   PreparedLinear qkv;  // queries, keys and values, each num_heads * head_dim wide, side by side
   PreparedLinear attention_output;
-  Norm attention_norm;  // follows the block's residual add in a post-norm layer, comes before the block in a pre-norm one
+  Norm attention_norm;  // follows the block's residual add in a post-norm layer, comes before the block in a pre-norm
+                        // one
   PreparedLinear intermediate;
   std::string activation;  // the feed-forward's
   PreparedLinear output;
