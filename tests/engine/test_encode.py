@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +73,24 @@ def test_encode(monkeypatch, lengths, backend, max_rows):
     assert torch.equal(tokens, before)
     expected = reference(layers, tokens, lengths) if lengths else tokens.double()
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_threads_run_meanwhile():
+    """The whole of a call is one stretch without the interpreter's lock."""
+    layers = [weights_of(layer) for layer in torch_layers(1)] * 200
+    tokens, cu_seqlens = torch.randn(512, DIM), torch.tensor([0, 512], dtype=torch.int32)
+    times = []
+
+    def run() -> None:
+        with torch.no_grad():
+            times.append(time.perf_counter())
+            encode.encode_post_norm(tokens, cu_seqlens, layers)
+            times.append(time.perf_counter())
+
+    thread, seen = threading.Thread(target=run), []
+    thread.start()
+    while thread.is_alive():
+        seen.append(time.perf_counter())
+    begin, end = times
+    within = [moment for moment in seen if 0.2 < (moment - begin) / (end - begin) < 0.8]
+    assert len(within) > 10
