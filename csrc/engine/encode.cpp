@@ -28,10 +28,10 @@ Tensor split_heads(const Tensor& qkv, const LayerWeights& layer) {
   return qkv.view({qkv.size(0), 3, layer.num_heads, -1});
 }
 
-void attend(const Tensor& qkv, const Tensor& bounds, const LayerWeights& layer, const Tensor& context) {
+void attend(const Tensor& qkv, const Tensor& bounds, const LayerWeights& layer, bool causal, const Tensor& context) {
   RECORD_FUNCTION("resnorm::packed_attention", c10::ArrayRef<const c10::IValue>{});  // in profiles like the operator
   attend_into(context.view({context.size(0), layer.num_heads, -1}), split_heads(qkv, layer), bounds, layer.scale,
-              /*causal=*/false);
+              causal);
 }
 
 // output = norm(x + update); sum = x + update, where it is wanted.
@@ -41,12 +41,12 @@ void add_layer_norm(const Tensor& update, const Tensor& x, const Norm& norm, con
                      std::nullopt, output, sum);
 }
 
-void run_post_norm(const Layers& layers, const Chunk& chunk, int64_t max_rows) {
+void run_post_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_t max_rows) {
   Activations memory(layers, chunk.tokens, max_rows);
   auto x = chunk.tokens;
   for (const auto& layer : layers) {
     memory.fit(*layer);
-    attend(layer->qkv.multiply(x, memory.qkv), chunk.cu_seqlens, *layer, memory.context);
+    attend(layer->qkv.multiply(x, memory.qkv), chunk.cu_seqlens, *layer, causal, memory.context);
     const auto attended = layer->attention_output.multiply(memory.context, memory.stream[0]);
     add_layer_norm(attended, x, layer->attention_norm, attended);
     const auto hidden = layer->intermediate.multiply(attended, memory.hidden, layer->activation);
@@ -73,19 +73,20 @@ void finish_pre_norm(const LayerWeights& layer, const Tensor& x, const Tensor& c
 
 }  // namespace
 
-Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, int64_t max_rows) {
+Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool causal,
+                        int64_t max_rows) {
   return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers),
-                   [&](const Chunk& chunk) { run_post_norm(layers, chunk, max_rows); });
+                   [&](const Chunk& chunk) { run_post_norm(layers, chunk, causal, max_rows); });
 }
 
 Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std::shared_ptr<const LayerWeights>& layer,
-                       int64_t max_rows) {
+                       bool causal, int64_t max_rows) {
   const Layers layers{layer};
   return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers), [&](const Chunk& chunk) {
     Activations memory(layers, chunk.tokens, max_rows);
     memory.fit(*layer);
     const auto qkv = pre_norm_qkv(*layer, chunk.tokens, memory.stream[0], memory.qkv);
-    attend(qkv, chunk.cu_seqlens, *layer, memory.context);
+    attend(qkv, chunk.cu_seqlens, *layer, causal, memory.context);
     finish_pre_norm(*layer, chunk.tokens, memory.context, memory, chunk.output);
   });
 }

@@ -11,11 +11,12 @@ namespace resnorm::engine {
 
 // The output of post-norm layers (Vaswani et al. 2017; BERT) for packed `tokens`, (tokens, dim), whose sequences'
 // bounds are `cu_seqlens`. Of batches of more than `max_rows` tokens, as many sequences at a time as have that many.
-Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, int64_t max_rows);
+Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool causal,
+                        int64_t max_rows);
 
 // The same of one pre-norm layer (Xiong et al. 2020; ViT).
 Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std::shared_ptr<const LayerWeights>& layer,
-                       int64_t max_rows);
+                       bool causal, int64_t max_rows);
 
 // The output of a pre-norm layer whose attention is somebody else's: `attend` makes a context, (rows, ...), of queries,
 // keys and values, (rows, 3, heads, head_dim), which it may keep.

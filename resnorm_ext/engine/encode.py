@@ -15,15 +15,19 @@ from .._extension import extension
 MAX_ROWS = 1024
 
 
-def encode_post_norm(tokens: Tensor, cu_seqlens: Tensor, layers: Sequence[extension.LayerWeights]) -> Tensor:
+def encode_post_norm(
+    tokens: Tensor, cu_seqlens: Tensor, layers: Sequence[extension.LayerWeights], *, is_causal: bool = False
+) -> Tensor:
     """The last layer's output, ``(tokens, dim)``, for packed ``tokens`` with these sequences' bounds, through post-norm
     layers (Vaswani et al. 2017; BERT)."""
-    return extension.encode_post_norm(tokens, cu_seqlens, layers, MAX_ROWS)
+    return extension.encode_post_norm(tokens, cu_seqlens, layers, is_causal, MAX_ROWS)
 
 
-def encode_pre_norm(tokens: Tensor, cu_seqlens: Tensor, layer: extension.LayerWeights) -> Tensor:
+def encode_pre_norm(
+    tokens: Tensor, cu_seqlens: Tensor, layer: extension.LayerWeights, *, is_causal: bool = False
+) -> Tensor:
     """The same through one pre-norm layer (Xiong et al. 2020; ViT)."""
-    return extension.encode_pre_norm(tokens, cu_seqlens, layer, MAX_ROWS)
+    return extension.encode_pre_norm(tokens, cu_seqlens, layer, is_causal, MAX_ROWS)
 
 
 def run_pre_norm(x: Tensor, layer: extension.LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:

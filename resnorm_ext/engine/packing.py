@@ -70,13 +70,8 @@ def packing_of_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None
     Raises RuntimeError or ValueError, as ``functional.packed_attention`` does, for bounds that are not of ``tokens``
     tokens; of their values nothing under torch.compile.
     """
-    if cu_seqlens.dtype != torch.int32:
-        raise RuntimeError(f"Expected cu_seqlens of dtype int32, but got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
-        raise RuntimeError(f"Expected cu_seqlens of shape (sequences + 1,), but got {tuple(cu_seqlens.shape)}")
+    check_sequences(cu_seqlens, tokens, max_seqlen)
     batch_size = cu_seqlens.numel() - 1
-    if not torch.compiler.is_compiling():
-        _check_bounds(cu_seqlens.tolist(), tokens, max_seqlen)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if batch_size else 0
     positions = torch.arange(tokens, device=cu_seqlens.device)
@@ -85,7 +80,15 @@ def packing_of_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None
     return Packing(cu_seqlens, indices, batch_size, max_seqlen, max_seqlen)
 
 
-def _check_bounds(bounds: list[int], tokens: int, max_seqlen: int | None) -> None:
+def check_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> None:
+    """Raises what ``packing_of_sequences`` does."""
+    if cu_seqlens.dtype != torch.int32:
+        raise RuntimeError(f"Expected cu_seqlens of dtype int32, but got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+        raise RuntimeError(f"Expected cu_seqlens of shape (sequences + 1,), but got {tuple(cu_seqlens.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
     if (bounds[0], bounds[-1]) != (0, tokens):
         raise ValueError(
             f"Expected cu_seqlens from 0 to the number of tokens, {tokens}, but got cu_seqlens from {bounds[0]} to "

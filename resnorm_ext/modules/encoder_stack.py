@@ -13,6 +13,7 @@ from .. import functional
 from .attention import AttentionPattern, SelfAttention, is_self_attention, self_attention
 from .eligibility import has_global_hooks, is_eager, is_plain
 from .feed_forward import feed_forward
+from .inference import infer
 from .layer_norm import LayerNorm
 
 
@@ -63,6 +64,8 @@ def run_layers(
         x: ``(batch, length, dim)``, ``(length, batch, dim)`` or packed ``(tokens, dim)``, as ``pattern`` says.
         owns_x: whether ``x`` may be overwritten.
     """
+    if (output := infer(layers, x, pattern)) is not None:
+        return output if final_norm is None else ResidualStream(output, True).norm(final_norm)
     stream = ResidualStream(x, owns_x)
     normed = None  # the norm of the stream, where adding to it has computed that too
     for index, layer in enumerate(layers):

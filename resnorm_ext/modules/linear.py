@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._extension import extension
 from ..engine.linear import LinearShape, choose_backends, prepare_linear
 from .eligibility import is_eager
 
@@ -20,9 +21,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     """
     if not _is_inference(x, weight):
         return functional.linear(x, weight, bias, activation=activation)
+    return prepared_linear(weight, bias)(x, activation)
+
+
+def prepared_linear(weight: Tensor, bias: Tensor | None) -> extension.PreparedLinear:
+    """The layer as inference on the CPU multiplies by it."""
     if not torch.are_deterministic_algorithms_enabled():
         _choose_backend(LinearShape(weight.dtype, weight.size(1), weight.size(0)))
-    return prepare_linear((weight, bias))(x, activation)
+    return prepare_linear((weight, bias))
 
 
 def _is_inference(x: Tensor, weight: Tensor) -> bool:

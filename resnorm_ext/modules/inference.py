@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Encoder layers in inference on the CPU, as engine/encode.py runs them: whole layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._extension import extension
+from ..engine.encode import encode_post_norm, encode_pre_norm
+from ..engine.packing import check_sequences
+from .attention import AttentionPattern
+from .eligibility import activation_name, is_eager
+from .linear import prepared_linear
+
+
+def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: AttentionPattern) -> Tensor | None:
+    """The output of ``layers`` without an obstacle for packed ``x``, ``(tokens, dim)``; None where the call asks for
+    more than inference on the layers' weights, or these are not all alike."""
+    if pattern.cu_seqlens is None or not _is_inference(x) or len({layer.norm_first for layer in layers}) != 1:
+        return None
+    if not all(_can_infer(layer, x) for layer in layers):
+        return None
+    check_sequences(pattern.cu_seqlens, len(x), pattern.max_seqlen)
+    weights = [_weights(layer) for layer in layers]
+    if not layers[0].norm_first:
+        return encode_post_norm(x, pattern.cu_seqlens, weights, is_causal=pattern.is_causal)
+    for each in weights:
+        x = encode_pre_norm(x, pattern.cu_seqlens, each, is_causal=pattern.is_causal)
+    return x
+
+
+def _is_inference(x: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and x.is_floating_point()
+        and not torch.is_grad_enabled()
+        and is_eager(x)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:
+    """Whether ``layer`` is its weights, all of ``x``'s dtype, and an activation that the engine knows."""
+    attention = layer.self_attn
+    dropouts = (layer.dropout, layer.dropout1, layer.dropout2)
+    if (attention.training and attention.dropout > 0.0) or any(each.training and each.p > 0.0 for each in dropouts):
+        return False
+    tensors = [tensor for pair in _linears(layer) for tensor in pair if tensor is not None]
+    return (
+        activation_name(layer.activation) is not None
+        and all(type(tensor) is nn.Parameter and tensor.is_cpu and tensor.dtype == x.dtype for tensor in tensors)
+        and x.size(-1) == attention.embed_dim
+    )
+
+
+def _linears(layer: nn.TransformerEncoderLayer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    attention = layer.self_attn
+    yield attention.in_proj_weight, attention.in_proj_bias
+    for linear in (attention.out_proj, layer.linear1, layer.linear2):
+        yield linear.weight, linear.bias
+
+
+def _weights(layer: nn.TransformerEncoderLayer) -> extension.LayerWeights:
+    qkv, attention_output, intermediate, output = (prepared_linear(*each) for each in _linears(layer))
+    attention = layer.self_attn
+    return extension.LayerWeights(
+        num_heads=attention.num_heads,
+        scale=attention.head_dim**-0.5,
+        qkv=qkv,
+        attention_output=attention_output,
+        attention_norm=_norm(layer.norm1),
+        intermediate=intermediate,
+        activation=activation_name(layer.activation),
+        output=output,
+        feed_forward_norm=_norm(layer.norm2),
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> extension.Norm:
+    return extension.Norm(norm.weight, norm.bias, norm.eps)
