@@ -12,7 +12,7 @@ namespace resnorm::engine {
 
 namespace {
 
-// Queries, keys and values are three such.
+// As many as queries, keys and values have each.
 int64_t context_features(const LayerWeights& layer) { return layer.qkv.out_features / 3; }
 
 }  // namespace

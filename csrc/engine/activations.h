@@ -12,8 +12,10 @@ namespace resnorm::engine {
 class Activations {
  public:
   Activations(const Layers& layers, const Tensor& input, int64_t kept_rows);
+  Activations(const Activations&) = delete;
+  Activations& operator=(const Activations&) = delete;
 
-  // Makes the next three as wide as `layer` has them, and their values undefined.
+  // Makes the next three as wide as `layer` has them, and their values undefined. To be called before they are used.
   void fit(const LayerWeights& layer);
 
   Tensor qkv, context;

@@ -38,9 +38,9 @@ void bind(py::module_& m) {
       .def(py::init([](int64_t num_heads, double scale, PreparedLinear qkv, PreparedLinear attention_output,
                        Norm attention_norm, PreparedLinear intermediate, std::string activation, PreparedLinear output,
                        Norm feed_forward_norm) {
-             return std::make_shared<LayerWeights>(
+             return std::make_shared<LayerWeights>(LayerWeights{
                  num_heads, scale, std::move(qkv), std::move(attention_output), std::move(attention_norm),
-                 std::move(intermediate), std::move(activation), std::move(output), std::move(feed_forward_norm));
+                 std::move(intermediate), std::move(activation), std::move(output), std::move(feed_forward_norm)});
            }),
            py::kw_only(), py::arg("num_heads"), py::arg("scale"), py::arg("qkv"), py::arg("attention_output"),
            py::arg("attention_norm"), py::arg("intermediate"), py::arg("activation"), py::arg("output"),

@@ -31,6 +31,7 @@ Tensor bounds_between(const int32_t* first, const int32_t* last, int64_t rows) {
 
 Tensor in_chunks(const Tensor& tokens, const Tensor& cu_seqlens, int64_t max_rows, bool pad_for_onednn,
                  const std::function<void(const Chunk&)>& run) {
+  check_cu_seqlens(cu_seqlens);
   const auto bounds = composite::bounds_of(cu_seqlens, tokens.size(0), std::nullopt);
   auto output = at::empty_like(tokens, at::MemoryFormat::Contiguous);
   const auto* first = bounds.const_data_ptr<int32_t>();

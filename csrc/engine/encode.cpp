@@ -56,14 +56,14 @@ void run_post_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_
   }
 }
 
-Tensor pre_norm_qkv(const LayerWeights& layer, const Tensor& x, const Tensor& normed, const Tensor& qkv) {
-  const auto& norm = layer.attention_norm;
-  layer_norm_out(x, {x.size(1)}, norm.weight, norm.bias, norm.eps, normed);
-  return layer.qkv.multiply(normed, qkv);
+Tensor normalize(const Tensor& x, const Norm& norm, const Tensor& output) {
+  layer_norm_out(x, {x.size(1)}, norm.weight, norm.bias, norm.eps, output);
+  return output;
 }
 
 void finish_pre_norm(const LayerWeights& layer, const Tensor& x, const Tensor& context, const Activations& memory,
                      const Tensor& output) {
+  // The sum goes to stream[1]; stream[0] has the update, its norm and the next update, one after the other.
   const auto attended = layer.attention_output.multiply(context, memory.stream[0]);
   add_layer_norm(attended, x, layer.feed_forward_norm, attended, memory.stream[1]);
   const auto hidden = layer.intermediate.multiply(attended, memory.hidden, layer.activation);
@@ -75,6 +75,7 @@ void finish_pre_norm(const LayerWeights& layer, const Tensor& x, const Tensor& c
 
 Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool causal,
                         int64_t max_rows) {
+  TORCH_CHECK(!layers.empty(), "Expected layers, but got none");
   return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers),
                    [&](const Chunk& chunk) { run_post_norm(layers, chunk, causal, max_rows); });
 }
@@ -85,7 +86,7 @@ Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std
   return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers), [&](const Chunk& chunk) {
     Activations memory(layers, chunk.tokens, max_rows);
     memory.fit(*layer);
-    const auto qkv = pre_norm_qkv(*layer, chunk.tokens, memory.stream[0], memory.qkv);
+    const auto qkv = layer->qkv.multiply(normalize(chunk.tokens, layer->attention_norm, memory.stream[0]), memory.qkv);
     attend(qkv, chunk.cu_seqlens, *layer, causal, memory.context);
     finish_pre_norm(*layer, chunk.tokens, memory.context, memory, chunk.output);
   });
@@ -98,7 +99,7 @@ Tensor run_pre_norm(const Tensor& x, const std::shared_ptr<const LayerWeights>& 
   auto output = at::empty(x.sizes(), x.options());
   const auto qkv = [&] {
     const Activations memory(layers, x, max_rows);
-    return pre_norm_qkv(*layer, x, memory.stream[0], at::empty({x.size(0), layer->qkv.out_features}, x.options()));
+    return layer->qkv(normalize(x, layer->attention_norm, memory.stream[0]), "none");
   }();
   const auto context = attend(split_heads(qkv, *layer));
   Activations memory(layers, x, max_rows);

@@ -10,7 +10,7 @@
 namespace resnorm::engine {
 
 // The output of post-norm layers (Vaswani et al. 2017; BERT) for packed `tokens`, (tokens, dim), whose sequences'
-// bounds are `cu_seqlens`. Of batches of more than `max_rows` tokens, as many sequences at a time as have that many.
+// bounds are `cu_seqlens`. Batches of more than `max_rows` tokens go through the layers in chunks (chunks.h).
 Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool causal,
                         int64_t max_rows);
 

@@ -19,6 +19,8 @@ Tensor PreparedLinear::operator()(const Tensor& input, c10::string_view activati
 }
 
 Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, c10::string_view activation) const {
+  TORCH_CHECK(memory.size(1) == out_features, "Expected a linear layer of ", memory.size(1),
+              " output features, but got one of ", out_features);
   if (backend != LinearBackend::kResnorm) return (*this)(input, activation);
   packed_linear::linear_out(input, weight, bias, parse_activation(activation), memory);
   return memory;

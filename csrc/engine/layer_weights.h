@@ -26,7 +26,7 @@ struct PreparedLinear {
   // activation(input weight^T + bias), (*, out_features); `activation` by its name.
   Tensor operator()(const Tensor& input, c10::string_view activation) const;
 
-  // The same, written to `memory`, (rows, out_features), by those backends that write where they are told.
+  // The same of a matrix; the backend that writes where it is told writes to `memory`, (rows, out_features).
   Tensor multiply(const Tensor& input, const Tensor& memory, c10::string_view activation = "none") const;
 };
 

@@ -15,10 +15,7 @@ void check_packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, const s
   check_floating("packed_attention", qkv);
   TORCH_CHECK(qkv.dim() == 4 && qkv.sym_size(1) == 3, "Expected qkv of shape (tokens, 3, heads, head_dim), but got ",
               qkv.sym_sizes());
-  TORCH_CHECK(cu_seqlens.scalar_type() == at::kInt, "Expected cu_seqlens of dtype Int, but got ",
-              cu_seqlens.scalar_type());
-  TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.sym_size(0) >= 1,
-              "Expected cu_seqlens of shape (sequences + 1,), but got ", cu_seqlens.sym_sizes());
+  check_cu_seqlens(cu_seqlens);
   TORCH_CHECK(cu_seqlens.is_cpu() || cu_seqlens.device() == qkv.device(), "Expected cu_seqlens on cpu or ",
               qkv.device(), ", qkv's device, but got cu_seqlens on ", cu_seqlens.device());
   TORCH_CHECK_VALUE(!max_seqlen.has_value() || *max_seqlen >= 0, "Expected max_seqlen >= 0, but got ", *max_seqlen);
@@ -45,6 +42,13 @@ Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, c
                                  std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal) {
   static const auto op = operator_handle("resnorm::_packed_attention_backward", &packed_attention_backward);
   return op.call(grad_output, qkv, cu_seqlens, std::move(max_seqlen), scale, causal);
+}
+
+void check_cu_seqlens(const Tensor& cu_seqlens) {
+  TORCH_CHECK(cu_seqlens.scalar_type() == at::kInt, "Expected cu_seqlens of dtype Int, but got ",
+              cu_seqlens.scalar_type());
+  TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.sym_size(0) >= 1,
+              "Expected cu_seqlens of shape (sequences + 1,), but got ", cu_seqlens.sym_sizes());
 }
 
 Tensor packed_attention_meta(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,

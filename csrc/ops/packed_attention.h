@@ -15,6 +15,9 @@ Tensor packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::option
 Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
                                  std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal);
 
+// What of `cu_seqlens` can be seen without its values.
+void check_cu_seqlens(const Tensor& cu_seqlens);
+
 // Checked arguments, allocated results.
 Tensor packed_attention_meta(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
                              std::optional<double> scale, bool causal);

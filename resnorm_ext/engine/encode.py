@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Inference through Transformer layers on the CPU, each function one call into csrc/engine. No grad; inputs are not
-written."""
+"""Inference through Transformer layers on the CPU, each function one call into csrc/engine, which other Python threads
+and interrupts do not disturb. No grad; inputs are not written."""
 
 from __future__ import annotations
 

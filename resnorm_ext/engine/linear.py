@@ -53,12 +53,12 @@ def prepare_linear(*parameters: tuple[Tensor, Tensor | None], transposed: bool =
     All weights are on the CPU and of one dtype and in_features: ``(out_features, in_features)``, or where
     ``transposed`` the other way round. Of several layers all or none have a bias.
     """
-    weight, bias = parameters[0]
+    weight, _ = parameters[0]
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     out_features = sum(weight.size(out_dim) for weight, _ in parameters)
     backend = extension.linear_backend(weight.dtype, weight.size(in_dim), out_features)
     if len(parameters) == 1 and (backend == "aten" or weight.is_inference()):
-        return extension.PreparedLinear(weight.t() if transposed else weight, bias, "aten", out_features)
+        return _prepare(parameters, transposed, "aten")
     tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):  # they count no versions: their changes would go unnoticed
         return _prepare(parameters, transposed, "aten")
@@ -83,7 +83,7 @@ def _prepare(
     weights = [weight.detach().t() if transposed else weight.detach() for weight in weights]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = biases[0]
-    if bias is not None:  # detached, because a parameter that is held here would never go
+    if bias is not None:  # detached, as the weights are: a parameter that is held here would never go
         bias = bias.detach() if len(biases) == 1 else torch.cat([bias.detach() for bias in biases])
     return extension.PreparedLinear(_pack(weight, backend), bias, backend, weight.size(0))
 

@@ -39,6 +39,11 @@ class Packing(NamedTuple):
         return ~real.index_fill_(0, self.indices, True).view(self.batch_size, self.length)
 
 
+def equal_bounds(batch_size: int, length: int) -> Tensor:
+    """The ``cu_seqlens``, on the CPU, of ``batch_size`` sequences of ``length`` tokens."""
+    return torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
+
+
 def packing_of(key_mask: Tensor) -> Packing:
     """The packing that keeps the positions where ``key_mask``, bool ``(batch_size, length)``, is True.
 

@@ -125,16 +125,27 @@ _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
 
 
 def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the model: its input goes on carrying the packed batch, where there can be one."""
+    """Forward pre-hook of the model: its input goes on carrying the packed batch, where there can be one.
+
+    Nobody reads the mask then. But the model would make one of length by length of it, which costs more than the
+    embeddings, so it goes on as one of four dimensions, which is taken as it is.
+    """
     if torch.compiler.is_compiling() or len(args) > len(_ARGUMENTS):
         return None
-    arguments = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = dict(zip(_ARGUMENTS, args, strict=False))
+    if not given.keys().isdisjoint(kwargs):
+        return None
+    arguments = given | kwargs
     batch = _packed_batch_of_model(model, arguments)
     if isinstance(batch, str):
         return None
     name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
-    # The batch has what the mask says, from which the model would make one of length by length.
-    return (), arguments | {name: carrying(arguments[name], batch), "attention_mask": None}
+    changed = {name: carrying(arguments[name], batch)}
+    mask = arguments.get("attention_mask")
+    if mask is not None and not model._forward_hooks and model.config._attn_implementation == "sdpa":
+        changed["attention_mask"] = mask.to(torch.bool)[:, None, None]
+    args = tuple(changed.get(name, value) for name, value in given.items())
+    return args, kwargs | {name: value for name, value in changed.items() if name not in given}
 
 
 def _packed_batch_of_model(model: nn.Module, arguments: dict[str, Any]) -> PackedBatch | str:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..engine.encode import run_pre_norm
+from ..engine.packing import equal_bounds
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
 from .pre_norm_layers import PreNormIntegration, weights_for_inference
@@ -86,7 +87,7 @@ def _attend(
         key, value = cache.update(key, value, attention.layer_idx)
         as_given = key.size(2) == length and type(cache.layers[attention.layer_idx]) is DynamicLayer
     if as_given and _is_causal(attention, mask, length, arguments):
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+        cu_seqlens = equal_bounds(batch, length)
         return functional.packed_attention(qkv, cu_seqlens, scale=attention.scaling, causal=True)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, modeling_gpt2.eager_attention_forward

@@ -69,6 +69,9 @@ class LayerKind:
     def denses(self) -> tuple[str, str, str]:
         return self.attention_output, self.intermediate, self.output
 
+    def norms(self) -> tuple[str, str]:
+        return self.attention_norm, self.feed_forward_norm
+
 
 def _value(parts: dict[str, nn.Module], place: tuple[str, str]) -> Any:
     module, attribute = place
@@ -120,8 +123,7 @@ def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> exte
     try:
         linears = {name: _weight_and_bias(parts[name]) for name in (*kind.projections, *kind.denses())}
         norms = {
-            name: extension.Norm(*_weight_and_bias(parts[name]), parts[name].eps)
-            for name in (kind.attention_norm, kind.feed_forward_norm)
+            name: extension.Norm(*_detached(*_weight_and_bias(parts[name])), parts[name].eps) for name in kind.norms()
         }
     except KeyError as error:
         return f" has a {error} that is not a parameter"
@@ -147,6 +149,11 @@ def layer_weights(layer: nn.Module, kind: LayerKind, dtype: torch.dtype) -> exte
         output=prepare(linears[kind.output]),
         feed_forward_norm=norms[kind.feed_forward_norm],
     )
+
+
+def _detached(*parameters: Tensor | None) -> Iterator[Tensor | None]:
+    """Parameters that are held where the garbage collector does not look would never go."""
+    return (None if parameter is None else parameter.detach() for parameter in parameters)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ class Prepared:
     Attributes:
         modules: all below the owner, which holds this and is not held by it.
         state: what owner and modules held.
-        tensors: what was copied into the weights.
+        tensors: what the weights were made of.
         backends: of the layers' products.
         generation: of all that is kept of parameters.
     """
@@ -88,9 +88,9 @@ def prepared_layers(
 
 
 def _tensors(layer: nn.Module, kind: LayerKind) -> list[Tensor]:
-    """Those that are copied into a layer's weights."""
+    """Those that a layer's weights were made of."""
     parts = parts_as_built(layer, kind)
     if isinstance(parts, str):
         return []
-    linears = [parts[name] for name in (*kind.projections, *kind.denses())]
-    return [tensor for linear in linears for tensor in linear._parameters.values() if tensor is not None]
+    modules = [parts[name] for name in (*kind.projections, *kind.denses(), *kind.norms())]
+    return [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]

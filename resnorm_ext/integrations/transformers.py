@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._extension import extension
-from ..engine.packing import Packing, packing_of
+from ..engine.packing import Packing, equal_bounds, packing_of
 from ..modules.eligibility import has_global_hooks, is_eager, is_plain
 
 try:
@@ -119,7 +119,7 @@ def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int) -> Pa
     """The packing of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
     if key_mask is not None and not key_mask.all():
         return packing_of(key_mask)
-    cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
+    cu_seqlens = equal_bounds(batch_size, length)
     return Packing(cu_seqlens, torch.arange(batch_size * length, device="cpu"), batch_size, length, length)
 
 

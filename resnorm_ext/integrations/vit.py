@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..engine.encode import encode_pre_norm
+from ..engine.packing import equal_bounds
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
 from .pre_norm_layers import PreNormIntegration, weights_for_inference
@@ -25,8 +25,7 @@ class ViTLayer(modeling_vit.ViTLayer):
         weights = weights_for_inference(self, _KIND, self.attention.config, hidden_states, arguments)
         if weights is not None:
             batch, length, _ = hidden_states.shape
-            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
-            output = encode_pre_norm(hidden_states.flatten(0, 1), cu_seqlens, weights)
+            output = encode_pre_norm(hidden_states.flatten(0, 1), equal_bounds(batch, length), weights)
             return output.view(hidden_states.shape)
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         normed, hidden_states = add_then_norm(update, hidden_states, self.layernorm_after, self.dropout)

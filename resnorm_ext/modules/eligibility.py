@@ -21,12 +21,14 @@ def is_plain(
 ) -> bool:
     """Whether calling ``module`` does what the ``forward`` of one of exactly these ``types`` does, and nothing else.
 
-    False for subclasses (adapters, parametrizations), for hooks and an overridden ``forward`` on the instance, and
-    where a parameter is a tensor subclass (quantized, distributed). ``are_idle`` tells forward hooks that do nothing.
+    False for subclasses (adapters, parametrizations), for hooks and an overridden ``forward`` on the instance, where it
+    is compiled for itself, and where a parameter is a tensor subclass (quantized, distributed). ``are_idle`` tells
+    forward hooks that do nothing.
     """
     return (
         type(module) in types
         and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
         and not (module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and (not module._forward_hooks or (are_idle is not None and are_idle(module._forward_hooks.values())))
         and has_plain_tensors(module._parameters.values())

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.packing import pack, packing_of, packing_of_sequences, unpack
+from ..engine.packing import equal_bounds, pack, packing_of, packing_of_sequences, unpack
 from .attention import AttentionPattern
 from .eligibility import activation_name, is_eager
 from .encoder_stack import run_layers
@@ -131,7 +131,7 @@ def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool) -> Tensor:
     _report("packed: no padding")
     x = _batch_first(src, stack)
     batch, length, dim = x.shape
-    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
+    cu_seqlens = equal_bounds(batch, length)
     pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=length)
     output = run_layers(stack.layers, stack.final_norm, x.reshape(batch * length, dim), pattern, owns_x=False)
     return _batch_first(output.view(x.shape), stack).contiguous()

@@ -94,3 +94,22 @@ def test_other_threads_run_meanwhile():
     begin, end = times
     within = [moment for moment in seen if 0.2 < (moment - begin) / (end - begin) < 0.8]
     assert len(within) > 10
+
+
+def test_what_does_not_fit_is_refused():
+    (layer,) = (weights_of(each) for each in torch_layers(1))
+    tokens, cu_seqlens = torch.randn(5, DIM), torch.tensor([0, 2, 5], dtype=torch.int32)
+    narrow = extension.PreparedLinear(torch.randn(DIM - 1, DIM), None, "aten", DIM - 1)
+    norm = extension.Norm(None, None, 1e-5)
+    parts = {"num_heads": HEADS, "scale": 1.0, "attention_norm": norm, "feed_forward_norm": norm, "activation": "relu"}
+    parts |= {name: getattr(layer, name) for name in ("qkv", "intermediate", "output")}
+    wrong = extension.LayerWeights(attention_output=narrow, **parts)
+    for arguments, error, message in (
+        ((tokens, cu_seqlens, [wrong]), RuntimeError, "Expected a linear layer of 16 output features, but got .* 15"),
+        ((tokens, cu_seqlens, []), RuntimeError, "Expected layers"),
+        ((tokens, cu_seqlens.long(), [layer]), RuntimeError, "cu_seqlens of dtype"),
+        ((tokens, cu_seqlens[:0], [layer]), RuntimeError, "cu_seqlens of shape"),
+        ((tokens, cu_seqlens[:2], [layer]), ValueError, "from 0 to the number of tokens, 5"),
+    ):
+        with pytest.raises(error, match=message):
+            encode.encode_post_norm(*arguments)

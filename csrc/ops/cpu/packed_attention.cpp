@@ -66,6 +66,7 @@ Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, std::op
 
 // The kernel has no float64, and its scores' largest is the largest only where the scale is not negative.
 void attend_into(const Tensor& output, const Tensor& qkv, const Tensor& bounds, double scale, bool causal) {
+  check_shape("output", output, c10::SymDimVector{qkv.sym_size(0), qkv.sym_size(2), qkv.sym_size(3)});
   if (output.numel() == 0) return;
   if (qkv.scalar_type() == at::kDouble || scale < 0) {
     attend_by_sequence(qkv, composite::sequences_of(bounds, qkv.size(0), std::nullopt), scale, causal, output);

@@ -37,7 +37,7 @@ void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor&
                   c10::ArrayRef<const c10::IValue>{});  // no operator, but in profiles like one
   const auto dtype = input.scalar_type();
   const auto out_features = output.size(1);
-  const auto bytes = packed_bytes(dtype, out_features, input.size(-1));
+  const auto bytes = packed_bytes(dtype, out_features, input.size(1));
   TORCH_CHECK(weight.scalar_type() == dtype && weight.nbytes() == bytes, "Expected a weight packed for ", out_features,
               " features of inputs ", input.sizes(), " of ", dtype, ", but got ", weight.nbytes(), " bytes of ",
               weight.scalar_type());

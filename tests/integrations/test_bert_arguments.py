@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a packed batch gets from the model's arguments to its layers, and what others see of the arguments."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from resnorm_ext.integrations import accelerate
+
+from .conftest import assert_same_at_real_positions, inputs
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("part", ["embeddings", "encoder", "encoder.layer.1", "embeddings.word_embeddings"])
+@torch.no_grad()
+def test_a_part_that_is_compiled_for_itself(pair, part, implementation):
+    """It does not see what the model's hook has packed."""
+    model, accelerated = pair
+    for each in pair:
+        each.set_attn_implementation(implementation)
+    accelerated.get_submodule(part).compile(backend="eager")
+    for mask in ("right", "holes", "left"):
+        batch = inputs(mask)
+        output, expected = (each(**batch).last_hidden_state for each in (accelerated, model))
+        assert_same_at_real_positions(output, expected, batch)
+
+
+@torch.no_grad()
+def test_forward_hooks_see_the_arguments_as_they_were_given(pair, path_of):
+    _, accelerated = pair
+    batch, seen = inputs("right"), []
+    accelerated.register_forward_hook(lambda _, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True)
+    ids = batch.pop("input_ids")
+    mask = batch.pop("attention_mask")
+    accelerated(ids, attention_mask=mask)
+    ((args, kwargs),) = seen
+    assert len(args) == 1 and torch.equal(args[0], ids)
+    assert kwargs.keys() == {"attention_mask"} and torch.equal(kwargs["attention_mask"], mask)
+
+
+@torch.no_grad()
+def test_an_argument_given_twice_is_refused(pair):
+    batch = inputs("right")
+    for each in pair:
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            each(batch["input_ids"], batch["attention_mask"], input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_positional_arguments(pair, path_of, count):
+    model, accelerated = pair
+    batch = inputs("right")
+    values = [batch["input_ids"], batch["attention_mask"], torch.zeros_like(batch["input_ids"])]
+    output, expected = (each(*values[:count]).last_hidden_state for each in (accelerated, model))
+    batch = batch if count > 1 else {"input_ids": batch["input_ids"]}
+    assert_same_at_real_positions(output, expected, batch)
+
+
+@torch.no_grad()
+def test_a_model_that_its_parameters_refer_to_goes(tiny):
+    accelerated = accelerate(copy.deepcopy(tiny))
+    for parameter in accelerated.parameters():
+        parameter.owner = accelerated
+    accelerated(**inputs())
+    encoder = weakref.ref(accelerated.encoder)
+    del accelerated, parameter
+    gc.collect()
+    assert encoder() is None
