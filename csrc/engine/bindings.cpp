@@ -29,7 +29,6 @@ void bind(py::module_& m) {
            py::arg("backend"), py::arg("out_features"))
       .def("__call__", torch::wrap_pybind_function_no_gil(call), py::arg("x"), py::arg("activation") = "none")
       .def_readonly("weight", &PreparedLinear::weight)
-      .def_readonly("bias", &PreparedLinear::bias)
       .def_property_readonly("backend", [](const PreparedLinear& linear) { return name_of(linear.backend); });
   py::class_<Norm>(m, "Norm").def(py::init([](OptionalTensor weight, OptionalTensor bias, double eps) {
     return Norm{std::move(weight), std::move(bias), eps};
@@ -48,7 +47,6 @@ void bind(py::module_& m) {
       .def_readonly("qkv", &LayerWeights::qkv)
       .def_readonly("attention_output", &LayerWeights::attention_output)
       .def_readonly("intermediate", &LayerWeights::intermediate)
-      .def_readonly("activation", &LayerWeights::activation)
       .def_readonly("output", &LayerWeights::output);
   m.def("encode_post_norm", torch::wrap_pybind_function_no_gil(encode_post_norm));
   m.def("encode_pre_norm", torch::wrap_pybind_function_no_gil(encode_pre_norm));

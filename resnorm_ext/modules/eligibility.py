@@ -62,6 +62,11 @@ def is_eager(x: Tensor) -> bool:
     )
 
 
+def is_cpu_inference(x: Tensor) -> bool:
+    """Whether a call on ``x`` is computed on the CPU, with values at hand and nothing asked for but the result."""
+    return x.is_cpu and not torch.is_grad_enabled() and is_eager(x) and not torch.is_autocast_enabled("cpu")
+
+
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name by which ``functional.linear`` knows ``activation``, or None where it must be called."""
     if activation in (F.relu, torch.relu):

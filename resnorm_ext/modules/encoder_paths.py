@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..engine.packing import equal_bounds, pack, packing_of, packing_of_sequences, unpack
 from .attention import AttentionPattern
-from .eligibility import activation_name, is_eager
+from .eligibility import activation_name, is_cpu_inference, is_eager
 from .encoder_stack import run_layers
 from .masks import (
     additive,
@@ -103,13 +103,10 @@ def encode_batch(
 def _has_attention_kernel(stack: Stack, src: Tensor) -> bool:
     """Whether this package's kernel computes the attention of this call: inference on the CPU."""
     return (
-        src.is_cpu
+        is_cpu_inference(src)
         and not any(layer.self_attn.training and layer.self_attn.dropout > 0.0 for layer in stack.layers)
         and src.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and src.numel() > 0
-        and not torch.is_grad_enabled()
-        and is_eager(src)
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .._extension import extension
 from ..engine.encode import encode_post_norm, encode_pre_norm
 from ..engine.packing import check_sequences
 from .attention import AttentionPattern
-from .eligibility import activation_name, is_eager
+from .eligibility import activation_name, is_cpu_inference
 from .linear import prepared_linear
 
 
 def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: AttentionPattern) -> Tensor | None:
     """The output of ``layers`` without an obstacle for packed ``x``, ``(tokens, dim)``; None where the call asks for
     more than inference on the layers' weights, or these are not all alike."""
-    if pattern.cu_seqlens is None or not _is_inference(x) or len({layer.norm_first for layer in layers}) != 1:
+    if pattern.cu_seqlens is None or not is_cpu_inference(x) or len({layer.norm_first for layer in layers}) != 1:
         return None
     if not all(_can_infer(layer, x) for layer in layers):
         return None
@@ -30,16 +29,6 @@ def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: Atte
     for each in weights:
         x = encode_pre_norm(x, pattern.cu_seqlens, each, is_causal=pattern.is_causal)
     return x
-
-
-def _is_inference(x: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and x.is_floating_point()
-        and not torch.is_grad_enabled()
-        and is_eager(x)
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._extension import extension
 from ..engine.linear import LinearShape, choose_backends, prepare_linear
-from .eligibility import is_eager
+from .eligibility import is_cpu_inference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -34,13 +34,10 @@ def prepared_linear(weight: Tensor, bias: Tensor | None) -> extension.PreparedLi
 def _is_inference(x: Tensor, weight: Tensor) -> bool:
     """Whether nothing but the product is asked for, and ``weight`` stays for the calls to come."""
     return (
-        x.is_cpu
-        and not torch.is_grad_enabled()
+        is_cpu_inference(x)
         and type(weight) is nn.Parameter
         and x.dtype == weight.dtype
         and x.size(-1) == weight.size(-1)
-        and is_eager(x)
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
