@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""An accelerated GPT-2 against transformers: prompts, cached tokens, padding."""
+"""An accelerated GPT-2 against transformers: prompts, masks, configurations."""
 
 from __future__ import annotations
 
@@ -9,38 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import transformers
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from resnorm_ext import functional
 from resnorm_ext.integrations import accelerate, report, restore
 
-MASKS = {
-    "none": None,
-    "full": [[1] * 9] * 3,
-    "left": [[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]],
-    "right": [[1] * 9, [1] * 5 + [0] * 4, [1] + [0] * 8],
-}
-
-
-def build(head: str = "Model", **changes) -> torch.nn.Module:
-    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2}
-    config = transformers.GPT2Config(**(sizes | quiet | {"pad_token_id": 0, "bos_token_id": 1} | changes))
-    return getattr(transformers, f"GPT2{head}")(config).eval()
-
-
-def batch_of(mask: str) -> dict[str, torch.Tensor]:
-    batch = {"input_ids": torch.randint(1, 100, (3, 9))}
-    if MASKS[mask] is not None:
-        batch["attention_mask"] = torch.tensor(MASKS[mask])
-    return batch
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-    real = batch.get("attention_mask", torch.ones(actual.shape[:2])).bool()
-    torch.testing.assert_close(actual[real], expected[real], rtol=5e-5, atol=5e-5)
+from .gpt2_cases import MASKS, assert_same, batch_of, build
 
 
 @pytest.fixture
@@ -77,43 +51,6 @@ def test_prompts(mask, use_cache, implementation, attentions):
             for name in ("keys", "values"):
                 kept = [getattr(layer, name).transpose(1, 2)[real] for layer in (ours, theirs)]
                 torch.testing.assert_close(*kept, rtol=5e-5, atol=5e-5)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mask", ["none", "left"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-@torch.no_grad()
-def test_generation(mask, cache, implementation):
-    model = build("LMHeadModel")
-    model.set_attn_implementation(implementation)
-    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of(mask)
-    how = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    how |= {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
-    expected, actual = model.generate(**batch, **how), accelerated.generate(**batch, **how)
-    assert torch.equal(actual.sequences, expected.sequences)
-    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_prompt_in_two_parts():
-    model = build()
-    accelerated, ids = accelerate(copy.deepcopy(model)), torch.randint(1, 100, (2, 9))
-    first = accelerated(ids[:, :5])
-    second = accelerated(ids[:, 5:], past_key_values=first.past_key_values)
-    both = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
-    torch.testing.assert_close(both, model(ids).last_hidden_state, rtol=5e-5, atol=5e-5)
-
-
-@torch.no_grad()
-def test_an_encoder_decoder_cache():
-    model = build()
-    accelerated, ids = accelerate(copy.deepcopy(model)), torch.randint(1, 100, (2, 9))
-    outputs = []
-    for each in (model, accelerated):
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        outputs.append([each(part, past_key_values=cache).last_hidden_state for part in (ids[:, :5], ids[:, 5:])])
-    for expected, actual in zip(*outputs, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +116,33 @@ def test_masks_of_four_dimensions(implementation, mask):
     assert_same(actual, expected, batch)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_beam_search():
-    model = build("LMHeadModel")
-    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("left")
-    how = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
-    assert torch.equal(accelerated.generate(**batch, **how), model.generate(**batch, **how))
+def test_positions_that_restart_part_sequences(rows, implementation):
+    model = build()
+    model.set_attn_implementation(implementation)
+    accelerated, ids = accelerate(copy.deepcopy(model)), batch_of("none")["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], list(range(9)), [5, 6, 7, 8, 9, 3, 4, 5, 6]])[:rows]
+    expected = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    actual = accelerated(ids, position_ids=positions, use_cache=False).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
+    alone = model(ids[:1, 4:7]).last_hidden_state
+    torch.testing.assert_close(actual[:1, 4:7], alone, rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_positions_that_restart_part_nothing_where_there_is_a_cache(implementation, attentions):
+    model = build()
+    model.set_attn_implementation(implementation)
+    accelerated, ids = accelerate(copy.deepcopy(model)), batch_of("none")["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+    expected = model(ids, position_ids=positions, use_cache=True).last_hidden_state
+    attentions.clear()
+    actual = accelerated(ids, position_ids=positions, use_cache=True).last_hidden_state
+    assert attentions == ["packed"] * 3
+    torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
 
 
 @torch.no_grad()
