@@ -85,7 +85,7 @@ def _attend(
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         key, value = cache.update(key, value, attention.layer_idx)
-        as_given = key.size(2) == length and type(cache.layers[attention.layer_idx]) is DynamicLayer
+        as_given = key.size(2) == length and _only_appends(cache, attention.layer_idx)
     if as_given and _is_causal(attention, mask, length, arguments):
         cu_seqlens = equal_bounds(batch, length)
         return functional.packed_attention(qkv, cu_seqlens, scale=attention.scaling, causal=True)
@@ -94,6 +94,15 @@ def _attend(
     )
     context, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **arguments)
     return context.flatten(0, 1)
+
+
+def _only_appends(cache: Cache, layer_idx: int) -> bool:
+    """Whether ``cache`` gives back what it is given as it is, after what it holds."""
+    return _has_update_of(Cache, cache) and _has_update_of(DynamicLayer, cache.layers[layer_idx])
+
+
+def _has_update_of(kind: type, instance: Any) -> bool:
+    return getattr(instance.update, "__func__", None) is kind.update
 
 
 def _is_causal(

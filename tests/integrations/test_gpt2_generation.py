@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, QuantizedCache, StaticCache
 
 from resnorm_ext.integrations import accelerate
 
@@ -134,3 +134,48 @@ def test_a_prompt_in_parts(cache, parts, mask, implementation):
     torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
     if cache != "fp8":  # which rounds
         torch.testing.assert_close(actual[real], model(**batch).logits[real], rtol=1e-4, atol=1e-4)
+
+
+class HalvingCache(DynamicCache):
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys / 2, values / 2, *args, **kwargs)
+
+
+class HalvingLayer(DynamicLayer):
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys / 2, values / 2, *args, **kwargs)
+
+
+class BorrowedCache:
+    """Has what the model calls, and is no ``Cache``."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        inner = DynamicCache()
+        self.get_seq_length, self.get_mask_sizes = inner.get_seq_length, inner.get_mask_sizes
+        self.get_query_offset = getattr(inner, "get_query_offset", None)
+        self.update = lambda keys, values, *args: inner.update(keys / 2, values / 2, *args)
+
+
+def cache_of_halving_layers():
+    cache = DynamicCache()
+    cache.layers = [HalvingLayer() for _ in range(3)]
+    return cache
+
+
+def cache_whose_method_is_its_own():
+    cache = DynamicCache()
+    update = cache.update
+    cache.update = lambda keys, values, *args: update(keys / 2, values / 2, *args)
+    return cache
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("make", [HalvingCache, BorrowedCache, cache_of_halving_layers, cache_whose_method_is_its_own])
+def test_a_cache_that_gives_back_something_else(make, parts):
+    model, accelerated = build_pair()
+    batch = batch_of("none")
+    expected, actual = (logits_of_parts(each, batch, make(), PARTS[parts]) for each in (model, accelerated))
+    assert (expected - model(**batch).logits).abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
