@@ -9,10 +9,62 @@ import weakref
 
 import pytest
 import torch
+import transformers
+from torch.overrides import TorchFunctionMode
 
 from resnorm_ext.integrations import accelerate
 
-from .conftest import assert_same_at_real_positions, inputs
+from .conftest import assert_same_at_real_positions, inputs, tiny_config
+
+
+class Shapes(TorchFunctionMode):
+    """Notes the shape of every tensor that an operator gives back to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("mask", ["full", "right", "holes"])
+@pytest.mark.parametrize("head", ["Model", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta"])
+@torch.no_grad()
+def test_no_mask_of_length_by_length_is_made(path_of, family, head, mask):
+    """It would cost more than the embeddings."""
+    config = getattr(transformers, f"{family}Config")(**tiny_config(pad_token_id=0, type_vocab_size=2).to_dict())
+    model = getattr(transformers, f"{family}{head}")(config).eval()
+    accelerated, batch = accelerate(copy.deepcopy(model)), inputs(mask)
+
+    def made(each) -> set[tuple[int, ...]]:
+        with Shapes() as shapes:
+            each(**batch)
+        return {shape for shape in shapes.seen if shape[-2:] == (9, 9)}
+
+    assert made(model) == (set() if mask == "full" else {(4, 1, 9, 9)})
+    assert path_of(lambda: made(accelerated)) == "packed"
+    assert not made(accelerated)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("mask", ["none", "holes"])
+@torch.no_grad()
+def test_positions_that_restart_part_nothing(pair, path_of, mask, rows, implementation):
+    """As for transformers, whose attention takes them for packed sequences only where it is causal."""
+    for each in pair:
+        each.set_attn_implementation(implementation)
+    batch, outputs = inputs(mask), []
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [*range(9)], [9] * 9, [5, 6, 7, 8, 9, 3, 4, 5, 6]])[:rows]
+    batch["position_ids"] = positions
+    model, accelerated = pair
+    assert path_of(lambda: outputs.append(accelerated(**batch).last_hidden_state)) == "packed"
+    assert_same_at_real_positions(*outputs, model(**batch).last_hidden_state, batch)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
