@@ -77,13 +77,68 @@ def test_bfloat16(debug):
     assert ways_of(debug) == {"fused"}
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("head", ["ForImageClassification", "ForMaskedImageModeling"])
 @torch.no_grad()
-def test_heads(head):
+def test_heads(head, implementation, debug):
     model = build(head)
+    model.set_attn_implementation(implementation)
     accelerated, pixels = accelerate(copy.deepcopy(model)), images()
     name = "logits" if head == "ForImageClassification" else "reconstruction"
     torch.testing.assert_close(accelerated(pixels)[name], model(pixels)[name], rtol=2e-5, atol=2e-5)
+    assert ways_of(debug) == {"fused"}
+
+
+@pytest.mark.parametrize("head", ["Model", "ForImageClassification"])
+@torch.no_grad()
+def test_images_of_several_sizes(head, debug):
+    model = build(head)
+    accelerated = accelerate(copy.deepcopy(model))
+    for height, width in ((24, 24), (32, 40), (8, 16), (24, 24)):
+        pixels = torch.randn(2, 3, height, width)
+        expected, actual = (each(pixels, interpolate_pos_encoding=True)[0] for each in (model, accelerated))
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert ways_of(debug) == {"fused"}
+    with pytest.raises(ValueError, match="doesn't match model"):
+        accelerated(torch.randn(2, 3, 32, 40))
+
+
+@torch.no_grad()
+def test_masked_patches(debug):
+    model = build("ForMaskedImageModeling")
+    model.vit.embeddings.mask_token.normal_()
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    masked = torch.rand(3, 9) < 0.4
+    expected, actual = (each(pixels, bool_masked_pos=masked) for each in (model, accelerated))
+    for name in ("loss", "reconstruction"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
+    assert (expected.reconstruction - model(pixels).reconstruction).abs().max() > 0.1
+    assert ways_of(debug) == {"fused"}
+
+
+@pytest.mark.parametrize("by", ["argument", "config"])
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_a_head(by):
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    model = build("ForImageClassification", attn_implementation="eager", **(flags if by == "config" else {}))
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    expected, actual = (each(pixels, **(flags if by == "argument" else {})) for each in (model, accelerated))
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=2e-5, atol=2e-5)
+    assert len(expected.hidden_states) == 4 and len(expected.attentions) == 3
+    for name in ("hidden_states", "attentions"):
+        for ours, theirs in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_asking_for_hidden_states_leaves_no_trace(debug):
+    """transformers collects them by hooks, which it leaves on the layers."""
+    model = build()
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    accelerated(pixels, output_hidden_states=True)
+    debug.clear()
+    torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+    assert ways_of(debug) == {"fused"}
 
 
 def mask_patches(model, call) -> None:
