@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <bit>
+
 #include "activation_reference.h"
 #include "fixture.h"
 
@@ -94,6 +96,30 @@ TEST_P(PackedLinearTest, Activations) {
       Problem problem(generator, dtype, 11, {50, 40}, {}, true, activation);
       problem.run(kernels(), serial);
       problem.expect_correct();
+    }
+  }
+}
+
+// For outputs in bfloat16 activations take fewer steps: what that adds to the rounding of each is a fraction of it.
+TEST_P(PackedLinearTest, ErrorsOfBFloat16ActivationsOverEveryInput) {
+  if (GetParam() != "avx512_bf16") GTEST_SKIP() << "bfloat16 is not packed";
+  constexpr double kHalfUlp = 0x1p-8;
+  for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh}) {
+    SCOPED_TRACE(name_of(activation));
+    constexpr std::int64_t kBits = 0x4140;  // from 0 to 12
+    Problem problem(generator, kBFloat16, 2 * kBits, {1, 1}, {}, false, activation);
+    problem.weight.set(0, 0, 1);
+    for (std::int64_t bits = 0; bits < kBits; ++bits) {
+      const double x = std::bit_cast<float>(static_cast<std::uint32_t>(bits << 16));
+      problem.input.set(2 * bits, 0, x);
+      problem.input.set(2 * bits + 1, 0, -x);
+    }
+    problem.run(kernels(), serial);
+    for (std::int64_t row = 0; row < 2 * kBits; ++row) {
+      const double x = problem.input(row, 0), want = static_cast<double>(activated(activation, x).value);
+      const double half_ulps = x > -3 ? 1.1 : 1.3;
+      const double tolerance = x > -5 ? half_ulps * kHalfUlp * std::fabs(want) + 0x1p-126 : 2e-8;
+      ASSERT_LE(std::fabs(problem.output(row, 0) - want), tolerance) << x;
     }
   }
 }

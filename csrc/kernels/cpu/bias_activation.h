@@ -23,7 +23,7 @@ void bias_activation_rows(const BiasActivationForward& a, std::int64_t begin, st
     const T* from = input.row(row);
     T* to = output.row(row);
     for_each_vector<float, 4>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-      Activate::value(V::load(from + i, lanes) + V::load(bias + i, lanes)).store(to + i, lanes);
+      Activate::template value<float>(V::load(from + i, lanes) + V::load(bias + i, lanes)).store(to + i, lanes);
     });
     output.commit(row);
   }

@@ -41,6 +41,7 @@ template <class Words, int kRows>
 RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& keys, float scale, bool first_block,
                                    SoftmaxState& state) {
   using V = Vec<float>;
+  using Value = typename Words::Value;
   constexpr float kInfinity = __builtin_inff();
   const std::int64_t vectors = vectors_of(keys.last_row), full = keys.of_row(first) / V::kSize;
   const V scales = V::broadcast(scale);
@@ -87,11 +88,12 @@ RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& 
     sum[row] = sum[row] + probabilities;
     Words::store(probabilities, scores + row * kRowStride + vector * (V::kSize / Words::kValues));
   };
-  for_each_score([&](std::int64_t vector, auto row)
-                     RESNORM_INLINE_LAMBDA { keep(vector, row, exp2(fma(load(vector, row), scales, offset[row]))); },
-                 [&](std::int64_t vector, auto row, FirstLanes lanes) RESNORM_INLINE_LAMBDA {
-                   keep(vector, row, exp2(fma(load(vector, row), scales, offset[row])).only(lanes));
-                 });
+  for_each_score(
+      [&](std::int64_t vector, auto row)
+          RESNORM_INLINE_LAMBDA { keep(vector, row, exp2<Value>(fma(load(vector, row), scales, offset[row]))); },
+      [&](std::int64_t vector, auto row, FirstLanes lanes) RESNORM_INLINE_LAMBDA {
+        keep(vector, row, exp2<Value>(fma(load(vector, row), scales, offset[row])).only(lanes));
+      });
   unrolled<kRows>([&](auto row) RESNORM_INLINE_LAMBDA {
     float& denominator = state.denominator[first + row];
     denominator = sum[row].sum() + (first_block ? 0 : denominator * state.rescale[first + row]);

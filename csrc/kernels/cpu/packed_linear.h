@@ -92,7 +92,10 @@ RESNORM_NOINLINE void multiply_panel(const T* input, std::int64_t stride, std::i
 }
 
 struct Identity {
-  static RESNORM_INLINE Vec<float> value(Vec<float> x) { return x; }
+  template <class T>
+  static RESNORM_INLINE Vec<float> value(Vec<float> x) {
+    return x;
+  }
 };
 
 template <class Activate, class T>
@@ -120,7 +123,7 @@ void packed_linear_as(const PackedLinear& a, ParallelFor parallel_for) {
           T* to = static_cast<T*>(a.output.data) + (row + k) * a.output.row_stride + first_col;
           for_each_vector<float, 1>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
             const V sum = V::load(sums + k * kPanelCols + i, lanes) + V::load(bias + first_col + i, lanes);
-            Activate::value(sum).store(to + i, lanes);
+            Activate::template value<T>(sum).store(to + i, lanes);
           });
         }
       }

@@ -130,6 +130,7 @@ struct Vec<float> {
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   // b where either is NaN.
   friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend RESNORM_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   // a where x <= 0; b where it is above, or NaN.
   friend RESNORM_INLINE Vec select_not_positive(Vec x, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LE_OQ))};

@@ -92,6 +92,7 @@ struct Vec {
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   // b where either is NaN.
   friend RESNORM_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  friend RESNORM_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   // a where x <= 0; b where it is above, or NaN.
   friend RESNORM_INLINE Vec select_not_positive(Vec x, Vec a, Vec b) { return {x.v <= 0 ? a.v : b.v}; }
 };

@@ -11,6 +11,7 @@ namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
 struct FloatWords {
+  using Value = float;
   static constexpr int kValues = 1;  // of a word
 
   // The word at `from`, in all lanes.
@@ -45,6 +46,7 @@ struct WordsOf {
 #if defined(__AVX512BF16__)
 
 struct BFloat16Pairs {
+  using Value = BFloat16;
   static constexpr int kValues = 2;
 
   static RESNORM_INLINE Vec<float> broadcast(const BFloat16* from) {
