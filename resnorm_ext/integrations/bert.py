@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert
 
-from .bert_family import BertFamily, PackedEmbeddings, PackedEncoder
+from .bert_family import BertFamily, PackedBertEmbeddings, PackedBertEncoder
 from .bert_layers import Classes, FusedOutput
 
 CLASSES = Classes.of(modeling_bert, "Bert")
 
 
-class BertEmbeddings(PackedEmbeddings, modeling_bert.BertEmbeddings):
+class BertEmbeddings(PackedBertEmbeddings, modeling_bert.BertEmbeddings):
     pass
 
 
-class BertEncoder(PackedEncoder, modeling_bert.BertEncoder):
+class BertEncoder(PackedBertEncoder, modeling_bert.BertEncoder):
     classes = CLASSES
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The layers of Hugging Face's BERT and its like: what they are made of, and their blocks with residual add and norm
-fused."""
+"""What Hugging Face's BERT and its like are made of, and their layers' blocks with residual add and norm fused."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .fused_norm import NORMS, add_norm
 from .layer_kind import LayerKind
+from .packed_model import ModelKind
 
 _PARTS = {  # either a role in Classes or the types
     "attention": "attention",
@@ -76,6 +76,17 @@ class Classes:
             dropouts=("attention.output.dropout", "output.dropout"),
             chunked=("", "feed_forward_chunk"),
             eager_attention=self.eager_attention,
+        )
+
+    @cached_property
+    def model_kind(self) -> ModelKind:
+        return ModelKind(
+            model=self.model,
+            arguments=("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+            embeddings=self.either("embeddings"),
+            tables=("word_embeddings", "position_embeddings", "token_type_embeddings"),
+            encoder=self.replacement("encoder"),
+            layer=self.kind,
         )
 
     def _types(self, role: str) -> tuple[type[nn.Module], ...]:

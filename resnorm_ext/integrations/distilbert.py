@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face's DistilBERT. In inference its layers run on packed batches; else residual adds and norms are fused."""
+"""Hugging Face's DistilBERT. In inference it runs on packed batches; else residual adds and norms are fused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
 
 from ..engine.linear import LinearShape
-from ..engine.packing import pack
 from .fused_norm import NORMS, add_norm
 from .layer_kind import LayerKind, linear_shapes
-from .packed_layers import encode_packed, encoder_obstacle, log_obstacle, packed_batch_of_encoder
+from .packed_layers import encoder_obstacle
+from .packed_model import ModelKind, PackedEmbeddings, PackedEncoder, embeddings_as_built, packing_hooks
 from .replace import Finding, original_class
 from .transformers import attention_obstacle
 
@@ -29,24 +29,30 @@ class DistilBertBlock(modeling_distilbert.TransformerBlock):
         return add_norm(self.ffn(hidden_states), hidden_states, self.output_layer_norm)
 
 
-class DistilBertTransformer(modeling_distilbert.Transformer):
-    """Runs all layers on packed tokens where nothing about the call and the layers stands against it."""
+class DistilBertEmbeddings(PackedEmbeddings, modeling_distilbert.Embeddings):
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        packed = self.embed(input_ids, inputs_embeds, position_ids)
+        return super().forward(input_ids, inputs_embeds, position_ids) if packed is None else packed
+
+
+class DistilBertTransformer(PackedEncoder, modeling_distilbert.Transformer):
+    def model_kind(self) -> ModelKind:
+        return _MODEL
+
+    def attention_config(self) -> PreTrainedConfig | None:
+        return _attention_config(self)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        if torch.compiler.is_compiling():
+        output = self.encode(hidden_states, attention_mask, kwargs)
+        if output is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        batch: Any = "there are no layers"
-        if len(self.layer):
-            config = self.layer[0].attention.config
-            batch = packed_batch_of_encoder(self, _KIND, config, hidden_states, attention_mask, kwargs)
-        if isinstance(batch, str):
-            log_obstacle(self, batch)
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        tokens = pack(hidden_states, batch.packing)
-        return BaseModelOutput(last_hidden_state=encode_packed(self, tokens, batch))
+        return BaseModelOutput(last_hidden_state=output)
 
 
 _REPLACEMENTS = {
+    modeling_distilbert.Embeddings: DistilBertEmbeddings,
     modeling_distilbert.Transformer: DistilBertTransformer,
     modeling_distilbert.TransformerBlock: DistilBertBlock,
 }
@@ -76,6 +82,14 @@ _KIND = LayerKind(
     chunked=("ffn", "ff_chunk"),
     eager_attention=modeling_distilbert.eager_attention_forward,
 )
+_MODEL = ModelKind(
+    model=modeling_distilbert.DistilBertModel,
+    arguments=("input_ids", "attention_mask", "inputs_embeds", "position_ids"),
+    embeddings=(modeling_distilbert.Embeddings, DistilBertEmbeddings),
+    tables=("word_embeddings", "position_embeddings"),
+    encoder=DistilBertTransformer,
+    layer=_KIND,
+)
 
 
 class DistilBert:
@@ -90,17 +104,26 @@ class DistilBert:
                 yield Finding(name, module, None, "a subclass, which may compute something else")
 
     def hooks(self, model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-        return iter(())
+        return packing_hooks(model, modeling_distilbert.DistilBertModel)
 
     def linear_shapes(self, model: nn.Module) -> Iterator[LinearShape]:
         return linear_shapes(model, _KIND)
 
 
+def _attention_config(encoder: modeling_distilbert.Transformer) -> PreTrainedConfig | None:
+    """Its first layer's, because it has none itself."""
+    layer = next(iter(encoder.layer), None)
+    return getattr(getattr(layer, "attention", None), "config", None)
+
+
 def _lasting_obstacle(module: nn.Module) -> str | None:
     """What keeps ``module`` from the packed path at every call, as it is now."""
-    if not isinstance(module, modeling_distilbert.Transformer) or not len(module.layer):
+    if isinstance(module, modeling_distilbert.Embeddings) and not embeddings_as_built(module, _MODEL):
+        return "embeddings have hooks or are not as they were built"
+    if not isinstance(module, modeling_distilbert.Transformer):
         return None
-    attention = attention_obstacle(module.layer[0].attention.config, _KIND.eager_attention)
+    config = _attention_config(module)
+    attention = None if config is None else attention_obstacle(config, _KIND.eager_attention)
     return attention or encoder_obstacle(module, _KIND)
 
 

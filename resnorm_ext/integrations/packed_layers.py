@@ -42,7 +42,7 @@ def encoder_obstacle(encoder: nn.Module, kind: LayerKind) -> str | None:
 def packed_batch_of_encoder(
     encoder: nn.Module,
     kind: LayerKind,
-    config: PreTrainedConfig,
+    config: PreTrainedConfig | None,
     x: Tensor,
     attention_mask: Tensor | None,
     arguments: dict[str, Any],
@@ -67,7 +67,7 @@ def packed_batch_of_encoder(
 def layers_to_run(
     encoder: nn.Module,
     kind: LayerKind,
-    config: PreTrainedConfig,
+    config: PreTrainedConfig | None,
     x: Tensor,
     dtype: torch.dtype,
     arguments: dict[str, Any],
@@ -75,6 +75,8 @@ def layers_to_run(
     """``encoder``'s layers for a packed call on ``x`` with these further arguments; or what stands against it."""
     if captures_outputs():
         return "hidden states or attention weights are asked for"
+    if config is None:
+        return "there is no layer as it was built"
     obstacle = mode_obstacle(x) or attention_obstacle(config, kind.eager_attention)
     if obstacle is not None:
         return obstacle
@@ -83,7 +85,7 @@ def layers_to_run(
     for name, value in arguments.items():
         if value is not None and value is not False:
             return f"{name} is given"
-    return prepared_layers(encoder, encoder.layer, kind, dtype) or "there are no layers"
+    return prepared_layers(encoder, encoder.layer, kind, dtype) or "there is no layer"
 
 
 def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Tensor:

