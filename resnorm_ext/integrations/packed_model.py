@@ -181,7 +181,6 @@ def _packed_batch_of_model(
 
     Where only they cannot, the encoder will still find out that it can.
     """
-    embeddings = model.embeddings
     for method in ("forward", "_create_attention_masks"):
         if method in model.__dict__ or getattr(type(model), method, None) is not getattr(kind.model, method, None):
             return f"the model has a {method} of its own"
@@ -189,6 +188,7 @@ def _packed_batch_of_model(
         return "another pre-hook comes later"
     if any(arguments.get(flag, getattr(model.config, flag, False)) for flag in _OUTPUT_FLAGS):
         return "hidden states or attention weights are asked for"
+    embeddings = model.embeddings
     if not is_as_built(encoder, kind.encoder) or not embeddings_as_built(embeddings, kind):
         return "embeddings or encoder have hooks or are not as they were built"
     x = arguments.get("input_ids")

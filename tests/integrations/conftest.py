@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", minversion="5.2")
@@ -85,6 +86,27 @@ def assert_same_at_real_positions(actual, expected, batch, tolerance: float = 2e
     real = real_positions(batch)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     torch.testing.assert_close(actual[real], expected[real], rtol=tolerance, atol=tolerance)
+
+
+class _Shapes(TorchFunctionMode):
+    """Notes the shape of every tensor that an operator gives back to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.add(tuple(result.shape))
+        return result
+
+
+def square_masks(model, batch) -> set[tuple[int, ...]]:
+    """The shapes of all that a call of ``model`` on ``inputs`` makes of length by length."""
+    with _Shapes() as shapes:
+        model(**batch)
+    return {shape for shape in shapes.seen if shape[-2:] == (9, 9)}
 
 
 @pytest.fixture

@@ -10,25 +10,10 @@ import weakref
 import pytest
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 
 from resnorm_ext.integrations import accelerate
 
-from .conftest import assert_same_at_real_positions, inputs, tiny_config
-
-
-class Shapes(TorchFunctionMode):
-    """Notes the shape of every tensor that an operator gives back to Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.seen.add(tuple(result.shape))
-        return result
+from .conftest import assert_same_at_real_positions, inputs, square_masks, tiny_config
 
 
 @pytest.mark.parametrize("mask", ["full", "right", "holes"])
@@ -41,14 +26,9 @@ def test_no_mask_of_length_by_length_is_made(path_of, family, head, mask):
     model = getattr(transformers, f"{family}{head}")(config).eval()
     accelerated, batch = accelerate(copy.deepcopy(model)), inputs(mask)
 
-    def made(each) -> set[tuple[int, ...]]:
-        with Shapes() as shapes:
-            each(**batch)
-        return {shape for shape in shapes.seen if shape[-2:] == (9, 9)}
-
-    assert made(model) == (set() if mask == "full" else {(4, 1, 9, 9)})
-    assert path_of(lambda: made(accelerated)) == "packed"
-    assert not made(accelerated)
+    assert square_masks(model, batch) == (set() if mask == "full" else {(4, 1, 9, 9)})
+    assert path_of(lambda: square_masks(accelerated, batch)) == "packed"
+    assert not square_masks(accelerated, batch)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

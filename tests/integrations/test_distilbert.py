@@ -14,7 +14,7 @@ from transformers.models.distilbert import modeling_distilbert
 
 from resnorm_ext.integrations import accelerate, report, restore
 
-from .conftest import MASKS, assert_same_at_real_positions, inputs
+from .conftest import MASKS, assert_same_at_real_positions, inputs, square_masks
 
 
 def build(head: str = "Model", **changes) -> torch.nn.Module:
@@ -48,6 +48,13 @@ def test_only_tokens_are_embedded(embedded):
     accelerated, batch = accelerate(build()), batch_of("holes")
     accelerated(**batch)
     assert embedded == [int(batch["attention_mask"].sum())] * 2
+
+
+@torch.no_grad()
+def test_no_mask_of_length_by_length_is_made():
+    model, batch = build(), batch_of("holes")
+    assert square_masks(model, batch) == {(4, 1, 9, 9)}
+    assert not square_masks(accelerate(model), batch)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from transformers.models.gpt2 import modeling_gpt2
 
 from resnorm_ext import functional
-from resnorm_ext.integrations import accelerate, report, restore
+from resnorm_ext.integrations import accelerate, gpt2, report, restore
 
 from .gpt2_cases import MASKS, assert_same, batch_of, build
 
@@ -43,8 +43,7 @@ def test_prompts(mask, use_cache, implementation, attentions):
     attentions.clear()
     actual = accelerated(**batch, use_cache=use_cache)
     assert_same(actual.last_hidden_state, expected.last_hidden_state, batch)
-    packed = ["packed"] * 3
-    assert attentions == (packed if mask in ("none", "full") else ["sdpa"] * 3 if implementation == "sdpa" else [])
+    assert attentions == (["packed"] * 3 if mask != "right" else ["sdpa"] * 3 if implementation == "sdpa" else [])
     if use_cache:
         real = batch.get("attention_mask", torch.ones(3, 9)).bool()
         for ours, theirs in zip(actual.past_key_values.layers, expected.past_key_values.layers, strict=True):
@@ -114,6 +113,55 @@ def test_masks_of_four_dimensions(implementation, mask):
     accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("none")
     actual, expected = (each(**batch, attention_mask=mask).last_hidden_state for each in (accelerated, model))
     assert_same(actual, expected, batch)
+
+
+def causal_with_padding(mask: str) -> torch.Tensor:
+    return LOWER & torch.tensor(MASKS[mask], dtype=torch.bool)[:, None, None]
+
+
+@pytest.mark.parametrize("mask", ["left", "holes", "right"])
+@torch.no_grad()
+def test_padding_is_computed_only_where_a_last_position_is(mask, monkeypatch):
+    accelerated, batch, rows = accelerate(build()), batch_of(mask), []
+    run = gpt2.run_pre_norm
+    monkeypatch.setattr(gpt2, "run_pre_norm", lambda x, *rest: rows.append(len(x)) or run(x, *rest))
+    accelerated(**batch)
+    assert rows == [27 if mask == "right" else int(batch["attention_mask"].sum())] * 3
+
+
+@pytest.mark.parametrize("mask", ["left", "holes"])
+@pytest.mark.parametrize("change", ["sees what comes later", "sees padding", "sees less", "sees with less weight"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_masks_that_are_almost_causal_with_padding(implementation, change, mask, attentions):
+    model = build()
+    model.set_attn_implementation(implementation)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of(mask)
+    lowest = torch.finfo(torch.float32).min
+    exact = torch.zeros(3, 1, 9, 9).masked_fill(~causal_with_padding(mask), lowest)
+    changed = exact.clone()
+    row, key, value = {
+        "sees what comes later": (5, 8, 0.0),
+        "sees padding": (5, 1, 0.0),
+        "sees less": (8, 5, lowest),
+        "sees with less weight": (8, 5, -1.0),
+    }[change]
+    assert changed[1, 0, row, key] != value
+    changed[1, 0, row, key] = value
+    for given, way in ((exact, "packed"), (changed, "sdpa")):
+        batch["attention_mask"] = given
+        attentions.clear()
+        actual = accelerated(**batch).last_hidden_state
+        assert attentions == ([] if implementation == "eager" and way == "sdpa" else [way] * 3)
+        expected, real = model(**batch).last_hidden_state, torch.tensor(MASKS[mask]).bool()
+        torch.testing.assert_close(actual[real], expected[real], rtol=5e-5, atol=5e-5)
+
+
+@torch.no_grad()
+def test_a_batch_of_padding_alone():
+    accelerated, batch = accelerate(build()), batch_of("left")
+    batch["attention_mask"][1:] = 0
+    assert accelerated(**batch).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
