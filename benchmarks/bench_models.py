@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face's ViT-base and GPT-2, of random weights, in inference, as they come and accelerated: images, prompts,
-prompts with padding before them, and tokens that follow.
+"""Hugging Face's ViT-base and GPT-2, of random weights, in inference, as they come and accelerated: images, prompts
+and tokens that follow.
 
 python benchmarks/bench_models.py --output build/bench/models.jsonl
 """
@@ -51,21 +51,23 @@ def _last_hidden_state(pixels: Tensor, model: nn.Module) -> Tensor:
 
 
 def _prompts() -> dict[str, Call]:
-    def next_token(ids: Tensor, mask: Tensor, model: nn.Module) -> Tensor:
-        return model(ids, attention_mask=mask, logits_to_keep=1).logits
-
-    def generated(ids: Tensor, model: nn.Module) -> Tensor:
-        return model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-
     one, eight = (torch.randint(1, 50000, shape) for shape in ((1, 512), (8, 128)))
-    lengths = torch.linspace(1, 128, 8).long()
-    padded = (torch.arange(128) >= 128 - lengths.unsqueeze(1)).long()
     return {
-        "a prompt of 512": partial(next_token, one, torch.ones_like(one)),
-        "8 prompts of 128": partial(next_token, eight, torch.ones_like(eight)),
-        f"8 prompts of 128, {1 - padded.float().mean():.0%} padding": partial(next_token, eight, padded),
-        f"{NEW_TOKENS} tokens after 32": partial(generated, one[:, :32]),
+        "a prompt of 512": partial(_next_token, one),
+        "8 prompts of 128": partial(_next_token, eight),
+        f"{NEW_TOKENS} tokens after 32": partial(_generated, one[:, :32]),
     }
+
+
+def _next_token(ids: Tensor, model: nn.Module) -> Tensor:
+    return model(ids, logits_to_keep=1).logits
+
+
+def _generated(ids: Tensor, model: nn.Module) -> Tensor:
+    mask = torch.ones_like(ids)
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
 
 
 @torch.inference_mode()

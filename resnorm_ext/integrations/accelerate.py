@@ -40,10 +40,10 @@ def accelerate(model: Model) -> Model:
 
     What it recognises in this instance (``nn.LayerNorm``, ``nn.TransformerEncoder`` and its layers, Hugging Face's
     BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in inference with the
-    fastest of three products for the linear layers, text encoders and GPT-2's prompts on padding-free batches; in
-    training with fused dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as
-    before. A second call changes nothing; :func:`restore` puts everything back; :func:`report` tells what was done.
-    Which way a call takes is decided at that call, so adapters, hooks, dtypes and modes may change later.
+    fastest of three products for the linear layers, and text encoders on padding-free batches; in training with fused
+    dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call
+    changes nothing; :func:`restore` puts everything back; :func:`report` tells what was done. Which way a call takes is
+    decided at that call, so adapters, hooks, dtypes and modes may change later.
 
     Outputs equal the original's at unmasked positions within rounding. Padded positions are zeros where a call has run
     without padding. On the CPU a second, packed copy of the linear layers' weights may be kept for inference; it is

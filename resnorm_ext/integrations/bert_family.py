@@ -21,6 +21,8 @@ from .transformers import attention_obstacle
 
 
 class PackedBertEmbeddings(PackedEmbeddings):
+    tables = ("word", "position", "token_type")
+
     def forward(
         self,
         input_ids: Tensor | None = None,

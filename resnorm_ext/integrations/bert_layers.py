@@ -84,8 +84,8 @@ class Classes:
             model=self.model,
             arguments=("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
             embeddings=self.either("embeddings"),
-            tables=("word_embeddings", "position_embeddings", "token_type_embeddings"),
             encoder=self.replacement("encoder"),
+            encoder_name="encoder",
             layer=self.kind,
         )
 

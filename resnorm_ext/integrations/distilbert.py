@@ -86,8 +86,8 @@ _MODEL = ModelKind(
     model=modeling_distilbert.DistilBertModel,
     arguments=("input_ids", "attention_mask", "inputs_embeds", "position_ids"),
     embeddings=(modeling_distilbert.Embeddings, DistilBertEmbeddings),
-    tables=("word_embeddings", "position_embeddings"),
     encoder=DistilBertTransformer,
+    encoder_name="transformer",
     layer=_KIND,
 )
 

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Hugging Face's GPT-2: each block's norms and residual adds in as few passes as can be, in inference with the faster
-products, and this package's attention for prompts. Their padding is not computed, unless it is at the end, where the
-next token is read. Tokens that follow a cached prompt attend as transformers has them do."""
+products, and this package's attention for prompts. Tokens that follow a cached prompt, and padded batches, attend as
+transformers has them do."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
+from .. import functional
 from ..engine.encode import run_pre_norm
-from ..engine.packing import pack, unpack
+from ..engine.packing import equal_bounds
 from .fused_norm import NORMS, add, add_then_norm
-from .gpt2_attention import attend, padding_of
 from .layer_kind import LayerKind
 from .pre_norm_layers import PreNormIntegration, weights_for_inference
 
@@ -49,12 +51,8 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         arguments["upcasting"] = attention.reorder_and_upcast_attn and config._attn_implementation == "eager"
         weights = weights_for_inference(self, _KIND, config, hidden_states, arguments)
         if weights is not None:
-            shape = hidden_states.shape[:2]
-            padding = padding_of(attention, past_key_values, attention_mask, shape)
-            attends = partial(attend, attention, past_key_values, attention_mask, shape, padding, kwargs)
-            if padding is None:
-                return run_pre_norm(hidden_states.flatten(0, 1), weights, attends).view(hidden_states.shape)
-            return unpack(run_pre_norm(pack(hidden_states, padding), weights, attends), padding)
+            attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, kwargs)
+            return run_pre_norm(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
         update, _ = attention(
             self.ln_1(hidden_states),
             past_key_values=past_key_values,
@@ -67,6 +65,61 @@ class GPT2Block(modeling_gpt2.GPT2Block):
 
 
 _FOR_ATTENTION = ("position_ids", "cache_position", "is_causal")  # which transformers' attention functions are given
+
+
+def _attend(
+    attention: modeling_gpt2.GPT2Attention,
+    cache: Cache | None,
+    mask: Tensor | None,
+    shape: torch.Size,
+    arguments: dict[str, Any],
+    qkv: Tensor,
+) -> Tensor:
+    """The context, ``(batch * length, ...)``, of ``qkv``, ``(batch * length, 3, heads, head_dim)``.
+
+    Keys and values are added to ``cache`` and taken from it.
+    """
+    batch, length, _ = shape
+    query, key, value = qkv.unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
+    as_given = True  # whether key and value are those of qkv alone
+    if cache is not None:
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        key, value = cache.update(key, value, attention.layer_idx)
+        as_given = key.size(2) == length and _only_appends(cache, attention.layer_idx)
+    if as_given and _is_causal(attention, mask, length, arguments):
+        cu_seqlens = equal_bounds(batch, length)
+        return functional.packed_attention(qkv, cu_seqlens, scale=attention.scaling, causal=True)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, modeling_gpt2.eager_attention_forward
+    )
+    context, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **arguments)
+    return context.flatten(0, 1)
+
+
+def _only_appends(cache: Cache, layer_idx: int) -> bool:
+    """Whether ``cache`` gives back what it is given as it is, after what it holds."""
+    return _has_update_of(Cache, cache) and _has_update_of(DynamicLayer, cache.layers[layer_idx])
+
+
+def _has_update_of(kind: type, instance: Any) -> bool:
+    return getattr(instance.update, "__func__", None) is kind.update
+
+
+def _is_causal(
+    attention: modeling_gpt2.GPT2Attention, mask: Tensor | None, length: int, arguments: dict[str, Any]
+) -> bool:
+    """Whether a position sees itself and all before it, and nothing else."""
+    by_sdpa = attention.config._attn_implementation == "sdpa"
+    if mask is None:  # which eager attention takes for none at all
+        return by_sdpa and arguments.get("is_causal") is not False
+    if mask.shape[-2:] != (length, length) or not (mask.is_floating_point() or (by_sdpa and mask.dtype == torch.bool)):
+        return False
+    is_bool = mask.dtype == torch.bool
+    seen, hidden = (mask, ~mask) if is_bool else (mask == 0, mask <= torch.finfo(mask.dtype).min)
+    past = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return bool((seen == past).all() and (hidden != past).all())
+
+
 _LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _KIND = LayerKind(
     types=(modeling_gpt2.GPT2Block, GPT2Block),

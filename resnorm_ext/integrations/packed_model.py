@@ -41,17 +41,17 @@ class ModelKind:
     Attributes:
         model: its class.
         arguments: of its forward, in their order, as far as packing knows them.
-        embeddings: the classes that the embeddings may have.
-        tables: the embeddings' tables, by name. What they hold for a token is added up and normalised.
+        embeddings: the class of its embeddings, and the one that takes their place.
         encoder: the class that takes the encoder's place.
+        encoder_name: the attribute that holds the encoder.
         layer: how the encoder's layers are made.
     """
 
     model: type[nn.Module]
     arguments: tuple[str, ...]
-    embeddings: tuple[type[nn.Module], ...]
-    tables: tuple[str, ...]
+    embeddings: tuple[type[nn.Module], type[PackedEmbeddings]]
     encoder: type[PackedEncoder]
+    encoder_name: str
     layer: LayerKind
 
 
@@ -83,6 +83,8 @@ class PackedEncoder(nn.Module):
 class PackedEmbeddings(nn.Module):
     """Embeds only the tokens of a batch that ``hand_over_mask`` has packed."""
 
+    tables: tuple[str, ...] = ("word", "position")  # what these hold for a token is added up and normalised
+
     def first_position(self) -> int:
         """The position of a sequence's first token."""
         return 0
@@ -112,7 +114,7 @@ class PackedEmbeddings(nn.Module):
             words = F.embedding(of_tokens(input_ids), self.word_embeddings.weight)
         else:
             words = pack(inputs_embeds, packing)
-        if hasattr(self, "token_type_embeddings"):
+        if "token_type" in self.tables:
             types = self.token_type_ids[0, positions] if token_type_ids is None else of_tokens(token_type_ids)
             words += F.embedding(types, self.token_type_embeddings.weight)
         tokens = F.embedding(positions, self.position_embeddings.weight)
@@ -122,10 +124,11 @@ class PackedEmbeddings(nn.Module):
 
 
 def embeddings_as_built(embeddings: nn.Module, kind: ModelKind) -> bool:
-    parts = embeddings._modules
-    tables = [parts.get(name) for name in kind.tables]
+    parts, (_, replacement) = embeddings._modules, kind.embeddings
+    tables = [parts.get(f"{name}_embeddings") for name in replacement.tables]
     return (
         is_as_built(embeddings, *kind.embeddings)
+        and all(f"{name}_ids" in embeddings._buffers for name in replacement.tables if name != "word")
         and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
         and len({table.weight.dtype for table in tables}) == 1
         and is_as_built(parts["LayerNorm"], *NORMS)
@@ -171,7 +174,11 @@ def packing_hooks(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.
 
 
 def _encoder_of(model: nn.Module) -> PackedEncoder | None:
-    return next((child for child in model._modules.values() if isinstance(child, PackedEncoder)), None)
+    """The encoder that the model's forward calls, if it packs."""
+    for name, child in model._modules.items():
+        if isinstance(child, PackedEncoder) and child.model_kind().encoder_name == name:
+            return child
+    return None
 
 
 def _packed_batch_of_model(

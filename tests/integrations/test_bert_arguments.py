@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
 import torch
 import transformers
+from transformers.models.bert import modeling_bert
 
 from resnorm_ext.integrations import accelerate
 
@@ -104,3 +106,38 @@ def test_a_model_that_its_parameters_refer_to_goes(tiny):
     del accelerated, parameter
     gc.collect()
     assert encoder() is None
+
+
+class SubclassedEncoder(modeling_bert.BertEncoder):
+    pass
+
+
+@pytest.mark.parametrize("kind", [modeling_bert.BertEncoder, SubclassedEncoder])
+@pytest.mark.parametrize("first", [False, True])
+@torch.no_grad()
+def test_an_encoder_that_the_forward_does_not_call(tiny, kind, first):
+    """Another one beside it, of other weights."""
+    other = transformers.BertModel(tiny_config()).encoder
+    tiny.encoder.__class__ = kind
+    tiny._modules = {"other": other, **tiny._modules} if first else {**tiny._modules, "other": other}
+    accelerated, batch = accelerate(copy.deepcopy(tiny)), inputs("right")
+    expected = tiny.eval()(**batch).last_hidden_state
+    assert_same_at_real_positions(accelerated.eval()(**batch).last_hidden_state, expected, batch)
+
+
+@pytest.mark.parametrize("buffer", ["position_ids", "token_type_ids"])
+@torch.no_grad()
+def test_embeddings_without_a_buffer(tiny, buffer):
+    """Their forward may do without it, or say so."""
+    delattr(tiny.embeddings, buffer)
+    accelerated, batch = accelerate(copy.deepcopy(tiny)), inputs("right")
+    batch["position_ids"] = torch.arange(9).unsqueeze(0)
+    for leave_out in ((), ("position_ids",), ("token_type_ids",)):
+        given = {name: value for name, value in batch.items() if name not in leave_out}
+        try:
+            expected = tiny(**given).last_hidden_state
+        except AttributeError as error:
+            with pytest.raises(AttributeError, match=re.escape(str(error).partition(" object")[2])):
+                accelerated(**given)
+        else:
+            assert_same_at_real_positions(accelerated(**given).last_hidden_state, expected, batch)

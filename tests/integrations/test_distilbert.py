@@ -97,6 +97,25 @@ def test_embeddings_that_are_not_as_built_are_not_packed(path_of):
     assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
 
 
+def without_positions(embeddings) -> None:
+    del embeddings.position_ids
+
+
+def with_a_table_that_is_not_read(embeddings) -> None:
+    embeddings.token_type_embeddings = torch.nn.Embedding(2, 32)
+
+
+@pytest.mark.parametrize("change", [without_positions, with_a_table_that_is_not_read])
+@torch.no_grad()
+def test_embeddings_of_more_or_less(change, path_of):
+    model = build()
+    change(model.embeddings)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("right")
+    assert path_of(accelerated, **batch) == "packed"
+    expected = model(**batch).last_hidden_state
+    assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+
+
 @torch.no_grad()
 def test_a_layer_of_another_kind(path_of):
     class Halve(torch.nn.Module):

@@ -63,8 +63,8 @@ struct Gelu {
 
  private:
   // The tail beyond |x|. Its logarithm is fitted on [0, 6] so that the tail's error times max(|x|, 1), which is that of
-  // gelu, is below 2.9e-8 and at most a fortieth of the tail; for BFloat16 below 5e-5, and a thousandth of the tail up
-  // to 5. Farther out, where no digit of 1 - tail is left, the polynomial falls faster than the tail.
+  // gelu, is below 2.9e-8 and at most a fortieth of the tail; for BFloat16 below 5e-5, and 1.1e-3 of the tail up to 5.
+  // Farther out, where no digit of 1 - tail is left, the polynomial falls faster than the tail.
   template <class T>
   static RESNORM_INLINE Vec<float> tail(Vec<float> x) {
     constexpr float kCoefficients[] = {-0x1.cc5ab2p-20F, 0x1.c0a8cep-16F, -0x1.11403cp-13F,
