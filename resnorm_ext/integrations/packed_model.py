@@ -58,8 +58,7 @@ class ModelKind:
 class PackedEncoder(nn.Module):
     """Runs all layers on packed tokens where nothing about the call and the layers stands against it."""
 
-    def model_kind(self) -> ModelKind:
-        raise NotImplementedError
+    model_kind: Callable[[], ModelKind]
 
     def attention_config(self) -> PreTrainedConfig | None:
         """What names the attention's implementation; None where that is not known."""
