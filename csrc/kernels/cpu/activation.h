@@ -2,7 +2,7 @@
 // The activation functions of a feed-forward block and their derivatives, in float32.
 //
 // gelu(x) = x cdf(x) (Hendrycks and Gimpel 2016), where cdf is the normal distribution's or, in the tanh form, that of
-// a logistic distribution close to it. Both are computed for -|x|, where the tail keeps digits however small it is;
+// a logistic distribution close to it. What is computed is the tail beyond |x|, which keeps digits however small it is;
 // 1 - tail is the other side. As the formula has it, gelu(-Inf) is NaN, and so are the derivatives at -Inf and Inf.
 #pragma once
 
