@@ -3,10 +3,13 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/python.h>
 #include <torch/version.h>
+
+#include <algorithm>
 #ifdef RESNORM_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
+#include "data_writes.h"
 #include "engine/bindings.h"
 #include "kernels/cpu/dispatch.h"
 #include "module_state.h"
@@ -22,6 +25,7 @@
 #include "ops/linear.h"
 #include "ops/packed_attention.h"
 #include "ops/residual_add.h"
+#include "python_shape.h"
 
 namespace py = pybind11;
 
@@ -73,14 +77,16 @@ void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64
 }  // namespace resnorm
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using resnorm::with_python_shapes;
+  resnorm::note_data_aliases();
   // no_gil: other Python threads run while an operator does. The wrapper also turns torch's C++ errors into its Python
   // ones.
-  m.def("layer_norm", torch::wrap_pybind_function_no_gil(resnorm::layer_norm));
-  m.def("layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::layer_norm_out));
+  m.def("layer_norm", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::layer_norm)));
+  m.def("layer_norm_out", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::layer_norm_out)));
   m.def("residual_add", torch::wrap_pybind_function_no_gil(resnorm::residual_add));
   m.def("residual_add_out", torch::wrap_pybind_function_no_gil(resnorm::residual_add_out));
-  m.def("add_layer_norm", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm));
-  m.def("add_layer_norm_out", torch::wrap_pybind_function_no_gil(resnorm::add_layer_norm_out));
+  m.def("add_layer_norm", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::add_layer_norm)));
+  m.def("add_layer_norm_out", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::add_layer_norm_out)));
   m.def("bias_activation", torch::wrap_pybind_function_no_gil(resnorm::bias_activation));
   m.def("bias_activation_out", torch::wrap_pybind_function_no_gil(resnorm::bias_activation_out));
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
@@ -96,6 +102,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   resnorm::engine::bind(m);
   m.def("module_state", resnorm::module_state);
   m.def("has_module_state", resnorm::has_module_state);
+  m.def("first_changed", resnorm::first_changed);
+  py::class_<resnorm::DataWatch>(m, "DataWatch")
+      .def(py::init<const std::vector<at::Tensor>&>())
+      .def("writes", &resnorm::DataWatch::writes);
+  m.def("any_requires_grad", [](const std::vector<at::Tensor>& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+  });
   m.def("kernel_plan", torch::wrap_pybind_function(resnorm::kernel_plan_for_python), py::arg("kernel"),
         py::arg("columns"), py::arg("dtype"), py::kw_only(), py::arg("residual_dtype") = py::none(),
         py::arg("dropout") = false, py::arg("aligned") = true, py::arg("architecture") = 90);

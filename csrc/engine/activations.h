@@ -7,8 +7,9 @@
 
 namespace resnorm::engine {
 
-// For layers of inputs of `input`'s shape, (rows, dim), and kind. Up to `kept_rows` rows it is the calling thread's,
-// which keeps it until free_workspaces() and has one: one Activations at a time.
+// For layers of inputs of `input`'s shape, (rows, dim), and kind; products may be of another dtype, that of the
+// weights, as under autocast. Up to `kept_rows` rows it is the calling thread's, which keeps it until free_workspaces()
+// and has one: one Activations at a time.
 class Activations {
  public:
   Activations(const Layers& layers, const Tensor& input, int64_t kept_rows);
@@ -18,19 +19,23 @@ class Activations {
   // Makes the next three as wide as `layer` has them, and their values undefined. To be called before they are used.
   void fit(const LayerWeights& layer);
 
+  // `x`, (rows, dim), as products take it: itself, or a copy in update[0].
+  Tensor operand(const Tensor& x) const;
+
   Tensor qkv, context;
   Tensor hidden;     // of the feed-forward, in the memory of the other two
   Tensor stream[2];  // (rows, dim)
+  Tensor update[2];  // the same memory; where products have another dtype, one matrix of that for both
 
  private:
-  Tensor matrix(int64_t offset, int64_t cols) const;
-  int64_t bytes_of(int64_t cols) const;  // whole lines
+  Tensor matrix(int64_t offset, int64_t cols, at::ScalarType dtype) const;
+  int64_t bytes_of(int64_t cols, at::ScalarType dtype) const;  // whole lines
 
   int64_t rows_;
-  at::TensorOptions options_;
+  at::ScalarType product_dtype_;
   Tensor owned_;
   char* memory_;
-  int64_t stream_bytes_;
+  int64_t kept_bytes_;  // of streams and updates
 };
 
 }  // namespace resnorm::engine

@@ -10,7 +10,7 @@ namespace resnorm {
 
 namespace {
 
-constexpr int64_t kSamples = 32;
+constexpr int64_t kSamples = 8;
 
 template <typename T>
 void mix(size_t& hash, const T& value) {

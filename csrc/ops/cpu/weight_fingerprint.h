@@ -9,9 +9,10 @@
 
 namespace resnorm {
 
-// A hash of each tensor's storage address, offset, sizes, strides, dtype and version, and of a few dozen of its values:
-// writes through `.data` leave the version as it was. As long as the storages are kept alive, an equal fingerprint
-// means the same weights, but for writes through `.data` that miss every sampled value.
+// A hash of each tensor's storage address, offset, sizes, strides, dtype and version, and of a few of its values, in
+// case memory is written behind torch's back. As long as the storages are kept alive, an equal fingerprint means the
+// same weights, but for writes that torch does not count (through `.data`: data_writes.h) and that miss every sampled
+// value.
 int64_t weight_fingerprint(const std::vector<at::Tensor>& weights);
 
 }  // namespace resnorm
