@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .._extension import extension
@@ -13,6 +14,14 @@ from .._extension import extension
 # How many rows go through the layers at once: what is written for them stays in the caches. Memory for as many is kept
 # by every thread that runs layers.
 MAX_ROWS = 1024
+
+
+def prepare_norm(weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> extension.Norm:
+    """The layer norm as layers whose residual sums are of ``dtype`` read it."""
+    parameters = (None if each is None else each.detach().resolve_neg() for each in (weight, bias))
+    if dtype == torch.float32:  # half-precision ones may come to be read so; float32 ones may stand beside a half
+        parameters = (None if each is None else each.to(dtype) for each in parameters)
+    return extension.Norm(*parameters, eps)
 
 
 def encode_post_norm(

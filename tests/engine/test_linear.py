@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import nn
 from resnorm_ext import functional
 from resnorm_ext._extension import extension, load_extension
 from resnorm_ext.engine import linear as engine
-from resnorm_ext.engine.linear import LinearShape, choose_backends, forget_linears, prepare_linear
+from resnorm_ext.engine.linear import LinearShape, choose_backends, prepare_linear, product_dtype
+from resnorm_ext.engine.weights import forget_all_weights
+from resnorm_ext.modules.linear import PREPARED, prepared_linear
 
 from .linear_cases import ACTIVATIONS, IN, OUT, ROWS, operands, reference
 
@@ -38,6 +41,23 @@ def backend(request: pytest.FixtureRequest):
     yield request.param
     for shape in shapes:
         extension.set_linear_backend(*shape, "aten")
+
+
+# Ways to write a tensor, or the rows of it in a slice.
+WRITES = [
+    lambda weight, rows=slice(None): weight.detach()[rows].add_(1.0),
+    lambda weight, rows=slice(None): weight.data[rows].clamp_(-0.05, 0.05),
+    lambda weight, rows=slice(None): weight.data.view(weight.shape)[rows].copy_(torch.ones(1)),
+    lambda weight, rows=slice(None): weight.detach().data.__setitem__(rows, 0.5),
+    lambda weight, rows=slice(None): torch._foreach_add_([weight.data[rows]], 1.0),
+    lambda weight, rows=slice(None): inference_mode(lambda: weight[rows].add_(1.0)),
+    lambda weight, rows=slice(None): inference_mode(lambda: weight.data[rows].add_(1.0)),
+]
+
+
+def inference_mode(write) -> None:
+    with torch.inference_mode():
+        write()
 
 
 class TestOperator:
@@ -176,15 +196,15 @@ class TestPreparedLinear:
     @pytest.fixture
     def layer(self, backend) -> nn.Linear:
         torch.manual_seed(0)
-        layer = nn.Linear(IN, OUT)
-        yield layer
-        forget_linears(layer.parameters())
+        return nn.Linear(IN, OUT)
 
-    def check(self, *layers: nn.Linear, activation: str = "none") -> None:
-        x = torch.randn(10, IN).to(layers[0].weight.dtype)
+    def prepared(self, layer: nn.Linear):
+        return prepared_linear(layer, layer.weight, layer.bias, layer.weight.dtype)
+
+    def check(self, layer: nn.Linear, activation: str = "none") -> None:
+        x = torch.randn(10, IN).to(layer.weight.dtype)
         with torch.no_grad():
-            output = prepare_linear(*((layer.weight, layer.bias) for layer in layers))(x, activation)
-            expected = torch.cat([ACTIVATIONS[activation](layer(x)) for layer in layers], -1)
+            output, expected = self.prepared(layer)(x, activation), ACTIVATIONS[activation](layer(x))
         tolerance = 1e-5 if x.dtype == torch.float32 else 4 * torch.finfo(x.dtype).eps
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
@@ -195,23 +215,69 @@ class TestPreparedLinear:
     @pytest.mark.parametrize("bias", [False, True])
     def test_layers_side_by_side(self, backend, bias):
         layers = [nn.Linear(IN, OUT, bias=bias) for _ in range(3)]
-        self.check(*layers)
+        x = torch.randn(10, IN)
         with torch.no_grad():
-            layers[1].weight.mul_(2.0)
-        self.check(*layers)
+            output = prepare_linear(*((layer.weight, layer.bias) for layer in layers))(x)
+            torch.testing.assert_close(output, torch.cat([layer(x) for layer in layers], -1), rtol=1e-5, atol=1e-5)
 
-    def test_in_place(self, layer):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @torch.no_grad()
+    def test_multiplied_in_another_dtype(self, backend, dtype):
+        """As under autocast, and where half-precision products are slow."""
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        layer, x = nn.Linear(IN, OUT, dtype=dtype), torch.randn(10, IN, dtype=other)
+        output = prepare_linear((layer.weight, layer.bias), dtype=other)(x)
+        assert output.dtype == other
+        torch.testing.assert_close(output, layer.to(other)(x), rtol=1e-2, atol=1e-2)
+
+    def test_it_is_kept(self, layer):
+        assert self.prepared(layer) is self.prepared(layer)
+
+    @pytest.mark.parametrize("which", ["weight", "bias"])
+    @pytest.mark.parametrize("change", WRITES)
+    def test_writes(self, layer, change, which):
         self.check(layer)
-        with torch.no_grad():
-            layer.weight.add_(1.0)
-            layer.bias.add_(1.0)
+        change(getattr(layer, which))
         self.check(layer)
 
-    def test_in_place_in_inference_mode(self, layer):
+    @pytest.mark.parametrize("change", WRITES)
+    def test_writes_of_one_value(self, layer, change):
+        """None of them is among those that are sampled."""
         self.check(layer)
-        with torch.inference_mode():
-            layer.weight.add_(1.0)
+        change(layer.weight, slice(7, 8))
         self.check(layer)
+
+    def test_a_write_through_data_that_was_taken_before(self, layer):
+        self.check(layer)
+        alias, view = layer.weight.data, layer.weight.data.view(-1)
+        self.check(layer)
+        for each in (alias[3], view):
+            each.mul_(2.0)
+            self.check(layer)
+
+    def test_writes_into_a_flat_buffer_that_parameters_lie_in(self, layer):
+        """As optimizers keep them: the buffer counts its writes for itself."""
+        flat = torch.cat([parameter.detach().flatten() for parameter in layer.parameters()])
+        weight, bias = flat.split([OUT * IN, OUT])
+        layer.weight.data, layer.bias.data = weight.view(OUT, IN), bias
+        self.check(layer)
+        for _ in range(2):
+            flat[5 * IN + 3] += 1.0
+            self.check(layer)
+
+    def test_an_alias_outlives_what_was_kept(self, layer):
+        alias = layer.weight.data  # before anything is
+        for _ in range(2):
+            self.check(layer)
+            alias[7, 5] += 1.0
+            self.check(layer)
+            layer.__dict__.pop(PREPARED)
+
+    def test_reading_data_changes_nothing(self, layer):
+        kept = self.prepared(layer)
+        for _ in range(100):
+            layer.weight.data.sum()
+        assert self.prepared(layer) is kept
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_load_state_dict(self, layer, assign):
@@ -220,36 +286,33 @@ class TestPreparedLinear:
         self.check(layer)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_to(self, layer, dtype):
+    @pytest.mark.parametrize("swap", [False, True])
+    def test_to(self, layer, dtype, swap, monkeypatch):
+        monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", swap)
         self.check(layer)
         self.check(layer.to(dtype))
         self.check(layer.to(torch.float32))
+
+    def test_swapped_with_another(self, layer):
+        self.check(layer)
+        torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(OUT, IN)))
+        self.check(layer)
 
     def test_new_data(self, layer):
         self.check(layer)
         layer.weight.data = torch.randn(OUT, IN)
         self.check(layer)
 
-    def test_write_through_data(self, layer):
-        """Leaves the version as it was."""
+    def test_what_torch_has_no_part_in_is_seen_after_forgetting(self, layer):
         self.check(layer)
-        version = layer.weight._version
-        layer.weight.data.mul_(3.0)
-        assert layer.weight._version == version
+        layer.weight.detach().numpy()[3, 5] = 9.0
+        forget_all_weights()
         self.check(layer)
 
-    def test_forgetting_makes_up_for_a_write_through_part_of_data(self, layer):
+    def test_a_write_of_everything_through_numpy(self, layer):
         self.check(layer)
-        layer.weight.data[3] = 9.0
-        forget_linears(layer.parameters())
+        layer.weight.detach().numpy()[:] *= 2
         self.check(layer)
-
-    def test_an_old_bias_is_not_kept(self, layer):
-        before = len(engine._entries)
-        for _ in range(3):
-            layer.bias = nn.Parameter(torch.randn(OUT))
-            self.check(layer)
-        assert len(engine._entries) <= before + 1
 
     def test_new_data_at_an_old_address(self, layer):
         """What was freed may be handed out again: same address, same version, other values."""
@@ -258,45 +321,32 @@ class TestPreparedLinear:
             layer.weight.data = torch.randn(OUT, IN)
             self.check(layer)
 
-    def test_another_layer_with_an_old_id(self, backend):
-        for _ in range(20):
-            self.check(nn.Linear(IN, OUT))
-
     def test_change_of_backend(self, layer, backend):
         self.check(layer)
         extension.set_linear_backend(torch.float32, IN, OUT, "aten")
-        assert prepare_linear((layer.weight, layer.bias)).backend == "aten"
+        assert self.prepared(layer).backend == "aten"
 
     def test_parameters_made_in_inference_mode(self, backend):
         with torch.inference_mode():
-            layers = [nn.Linear(IN, OUT) for _ in range(2)]
-            self.check(*layers)
-            self.check(layers[0])
-            for layer in layers:
-                layer.weight.add_(1.0)
-            self.check(*layers)
-            self.check(layers[0])
+            layer = nn.Linear(IN, OUT)
+            self.check(layer)
+            layer.weight.add_(1.0)
+            self.check(layer)
 
-    def test_nothing_is_kept_for_a_layer_that_is_gone(self, backend):
-        layers = [nn.Linear(IN, OUT) for _ in range(2)]
-        before = len(engine._entries)
-        self.check(*layers)
-        kept = [weakref.ref(entry.prepared.weight) for entry in list(engine._entries.values())[before:]]
-        assert len(kept) == 1
-        del layers[0]
-        assert len(engine._entries) == before and kept[0]() is None
-
-    def test_forget(self, layer):
-        pair = [layer, nn.Linear(IN, OUT)]
-        self.check(*pair)
-        forget_linears([layer.weight])
-        assert not any(id(layer.weight) in key for key in engine._entries)
+    def test_nothing_is_kept_of_a_parameter_or_layer_that_is_gone(self, backend):
+        layer = nn.Linear(IN, OUT)
+        first = weakref.ref(self.prepared(layer).weight)
+        layer.weight = nn.Parameter(torch.randn(OUT, IN))
+        second = weakref.ref(self.prepared(layer).weight)
+        assert first() is None
+        del layer
+        assert second() is None
 
     def test_layer_is_none_the_wiser(self, layer):
         self.check(layer)
         twin = copy.deepcopy(layer)
         assert twin.state_dict().keys() == layer.state_dict().keys() == {"weight", "bias"}
-        assert set(vars(layer)) == set(vars(nn.Linear(1, 1)))
+        assert twin.__dict__[PREPARED] is None
         self.check(twin)
 
 
@@ -327,15 +377,16 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def unmeasured(self):
         needs_onednn()
-        engine._measured.discard(self.shape)
+        engine._seconds.pop(self.shape, None)
         yield
-        engine._measured.discard(self.shape)
+        engine._seconds.pop(self.shape, None)
         extension.set_linear_backend(*self.shape, "aten")
 
     @pytest.mark.parametrize("fastest", ["aten", "onednn", "resnorm"])
     def test_the_fastest_one_is_used_and_measured_once(self, monkeypatch, fastest):
         measured = []
-        monkeypatch.setattr(engine, "_fastest_backend", lambda shapes, _: measured.extend(shapes) or fastest)
+        times = {backend: 1.0 + (backend != fastest) for backend in engine.available_backends(torch.float32)}
+        monkeypatch.setattr(engine, "_times", lambda shapes, _: measured.extend(shapes) or times)
         choose_backends([self.shape, self.shape])
         choose_backends([self.shape])
         assert measured == [self.shape]
@@ -344,15 +395,36 @@ class TestChoice:
     def test_measurement_gives_a_backend_and_draws_no_random_number(self):
         before = torch.get_rng_state()
         backends = engine.available_backends(torch.float32)
-        assert engine._fastest_backend([self.shape], backends) in backends == ["aten", "onednn", "resnorm"]
+        assert list(engine._times([self.shape], backends)) == backends == ["aten", "onednn", "resnorm"]
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_the_least_time_wins(self, monkeypatch):
         monkeypatch.setattr(engine, "_shortest_times", lambda *calls: [3.0, 1.0, 2.0])
-        assert engine._fastest_backend([self.shape], ["aten", "onednn", "resnorm"]) == "onednn"
+        choose_backends([self.shape])
+        assert extension.linear_backend(*self.shape) == "onednn"
+
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("fastest", [torch.float32, "half"])
+    def test_halves_are_multiplied_in_float32_where_that_is_faster(self, monkeypatch, half, fastest):
+        fastest = half if fastest == "half" else fastest
+        shape = LinearShape(half, 48, 56)
+        monkeypatch.setattr(engine, "_seconds", {})
+        monkeypatch.setattr(
+            engine, "_times", lambda shapes, names: dict.fromkeys(names, 1.0 + (next(iter(shapes)).dtype != fastest))
+        )
+        assert product_dtype([shape]) == half  # not measured yet
+        choose_backends([shape])
+        assert product_dtype([shape]) == fastest
+        assert product_dtype([shape, LinearShape(half, 1, 1)]) == half  # one of them is not measured
+        assert product_dtype([self.shape]) == torch.float32
+
+    def test_what_takes_too_long_is_measured_once(self):
+        calls = []
+        engine._shortest_times(lambda: calls.append(time.sleep(2 * engine._TOO_SLOW)), lambda: None)
+        assert len(calls) == 1
 
     def test_nothing_is_measured_under_deterministic_algorithms(self, monkeypatch):
-        monkeypatch.setattr(engine, "_fastest_backend", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr(engine, "_times", lambda *_: pytest.fail("measured"))
         torch.use_deterministic_algorithms(True)
         try:
             choose_backends([self.shape])
@@ -361,7 +433,7 @@ class TestChoice:
         assert extension.linear_backend(*self.shape) == "aten"
 
     def test_a_dtype_that_only_aten_multiplies_is_not_measured(self, monkeypatch):
-        monkeypatch.setattr(engine, "_fastest_backend", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr(engine, "_times", lambda *_: pytest.fail("measured"))
         shape = LinearShape(torch.float64, 48, 56)
         choose_backends([shape])
         for backend in ("onednn", "resnorm"):
@@ -373,7 +445,7 @@ class TestChoice:
             import torch
             from resnorm_ext._extension import extension
             from resnorm_ext.engine import linear
-            linear._fastest_backend = lambda *_: 1 / 0
+            linear._times = lambda *_: 1 / 0
             shape = linear.LinearShape(torch.float32, 48, 56)
             linear.choose_backends([shape])
             print(extension.linear_backend(*shape))
