@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -64,7 +65,13 @@ def load_if_built() -> None:
         pass
 
 
-@torch.compiler.assume_constant_result
+def assume_constant_result(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which takes longer than torch."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@assume_constant_result
 def ensure_loaded() -> None:
     """Loads the extension; in code that torch.compile traces, while it traces."""
     load_extension()

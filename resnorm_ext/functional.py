@@ -4,7 +4,8 @@
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
 the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are
 differentiable, also twice and under ``torch.func``. Statistics and accumulation are float32; float64 where the input or
-the sum is float64.
+the sum is float64. DTensors may be sharded along every dimension that results are independent in; nested tensors, and
+subclasses that do not know these operators, are computed by torch's functions, without ``out``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import _is_tracing
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import has_torch_function_variadic
 
-from ._extension import ensure_loaded, extension
+from . import composite, sharding
+from ._extension import assume_constant_result, ensure_loaded, extension
+from .recording import is_exported
 
 
 def layer_norm(
@@ -45,10 +52,9 @@ def layer_norm(
         RuntimeError: shapes, dtypes or devices that do not fit.
         NotImplementedError: ``input`` is not floating point.
     """
-    ops = _operators(input, weight, bias)
     if out is None:
-        return ops.layer_norm(input, normalized_shape, weight, bias, eps)
-    ops.layer_norm_out(input, normalized_shape, weight, bias, eps, out)
+        return _call("layer_norm", input, normalized_shape, weight, bias, eps)
+    _call("layer_norm_out", input, normalized_shape, weight, bias, eps, out)
     return out
 
 
@@ -78,11 +84,10 @@ def residual_add(
         ValueError: ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` or ``residual`` is not floating point.
     """
-    dropout_p, seed = _dropout(dropout_p, training, seed, input)
-    ops = _operators(input, residual, input_bias)
+    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
     if out is None:
-        return ops.residual_add(input, residual, input_bias, dropout_p, seed, residual_dtype)
-    ops.residual_add_out(input, residual, input_bias, dropout_p, seed, residual_dtype, out)
+        return _call("residual_add", input, residual, input_bias, dropout_p, seed, residual_dtype)
+    _call("residual_add_out", input, residual, input_bias, dropout_p, seed, residual_dtype, out)
     return out
 
 
@@ -125,10 +130,10 @@ def add_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` or ``residual`` is not floating point.
     """
-    dropout_p, seed = _dropout(dropout_p, training, seed, input)
-    ops = _operators(input, residual, weight, bias, input_bias)
+    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
     if out is None:
-        y, s = ops.add_layer_norm(
+        y, s = _call(
+            "add_layer_norm",
             input,
             residual,
             normalized_shape,
@@ -143,7 +148,8 @@ def add_layer_norm(
         )
         return (y, s) if prenorm else y
     y_out, s_out = _outputs(out, prenorm)
-    ops.add_layer_norm_out(
+    _call(
+        "add_layer_norm_out",
         input,
         residual,
         normalized_shape,
@@ -183,10 +189,9 @@ def bias_activation(
         ValueError: another ``activation``.
         NotImplementedError: ``input`` is not floating point.
     """
-    ops = _operators(input, bias)
     if out is None:
-        return ops.bias_activation(input, bias, activation)
-    ops.bias_activation_out(input, bias, activation, out)
+        return _call("bias_activation", input, bias, activation)
+    _call("bias_activation_out", input, bias, activation, out)
     return out
 
 
@@ -206,7 +211,7 @@ def linear(
         activation: ``"none"``, ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
         residual: ``(*, out_features)``.
     """
-    return _operators(input, weight, bias, residual).linear(input, weight, bias, activation, residual)
+    return _call("linear", input, weight, bias, activation, residual)
 
 
 def packed_attention(
@@ -230,18 +235,64 @@ def packed_attention(
     Returns:
         ``(tokens, heads, head_dim)``.
     """
-    return _operators(qkv, cu_seqlens).packed_attention(qkv, cu_seqlens, max_seqlen, scale, causal)
+    return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal)
 
 
-def _operators(*tensors: Tensor | None):
-    """The door to the operators: pybind11 in eager code, the cheaper; ``torch.ops`` where somebody traces.
+def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
+    """What operator ``name`` returns.
 
-    Both lead to the same dispatcher entries, with the same arguments.
+    There are two doors to the dispatcher's entry: pybind11 in eager code, the cheaper; ``torch.ops`` where somebody
+    traces or ``__torch_function__`` asks to see the call. What to do where it is refused is thought of only then: calls
+    that go through pay nothing for it.
     """
-    if torch.compiler.is_compiling() or has_torch_function_variadic(*tensors):
-        ensure_loaded()
-        return torch.ops.resnorm
-    return extension
+    if torch.compiler.is_compiling():
+        _prepare_for_tracing()
+        by_torch = arguments[0].is_nested or is_exported()
+        return getattr(composite if by_torch else torch.ops.resnorm, name)(*arguments)
+    door = composite if _is_tracing() and hasattr(composite, name) else extension
+    try:
+        if door is extension and has_torch_function_variadic(*arguments):
+            ensure_loaded()
+            door = torch.ops.resnorm
+        return getattr(door, name)(*arguments)
+    except Exception as refusal:
+        door, arguments = _another_way(door, name, arguments, refusal)
+    return getattr(door, name)(*arguments)
+
+
+@assume_constant_result
+def _prepare_for_tracing() -> None:
+    """Does what an eager call would do after a refusal; in code that torch.compile traces, while it traces."""
+    ensure_loaded()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sharding.register_rules()
+
+
+def _another_way(door: object, name: str, arguments: tuple, refusal: Exception) -> tuple[object, tuple]:
+    """A door and arguments for a call that ``door`` refused; raises ``refusal`` where there are none."""
+    foreign = any(map(_is_foreign, arguments))
+    if foreign and isinstance(refusal, NotImplementedError) and name.endswith("_out"):
+        operator = name.removesuffix("_out")
+        raise NotImplementedError(f"{operator}: with out, nested tensors and subclasses are not supported") from refusal
+    if any(map(sharding.is_dtensor, arguments)):
+        if not isinstance(refusal, NotImplementedError):
+            raise refusal  # It knows the rules.
+        if sharding.register_rules():
+            return door, arguments
+    # A subclass is asked first, because most pass on the operators that they do not know.
+    if foreign and hasattr(composite, name) and not isinstance(refusal, ImportError):
+        return composite, arguments
+    raise refusal
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def _is_foreign(value: object) -> bool:
+    """Whether ``value`` is a tensor that has its own idea of an operator."""
+    if type(value) in _PLAIN_TENSORS:
+        return value.is_nested
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor | FunctionalTensor)
 
 
 def _outputs(out: object, prenorm: bool) -> tuple[Tensor, Tensor | None]:
@@ -255,12 +306,17 @@ def _outputs(out: object, prenorm: bool) -> tuple[Tensor, Tensor | None]:
     return y, s
 
 
-def _dropout(p: float, training: bool, seed: Tensor | None, input: Tensor) -> tuple[float, Tensor | None]:
-    """The dropout that acts at this call, with its seed."""
+def _dropout(
+    input: Tensor, input_bias: Tensor | None, p: float, training: bool, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None, float, Tensor | None]:
+    """``input`` and ``input_bias``, the dropout that acts on their sum at this call, and its seed."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0.0:
-        return 0.0, None
+        return input, input_bias, 0.0, None
     if seed is None:
+        if _is_foreign(input):
+            # Its random numbers are its own too: those of a sharded tensor differ between devices.
+            return F.dropout(input if input_bias is None else input + input_bias, p), None, 0.0, None
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-    return p, seed
+    return input, input_bias, p, seed

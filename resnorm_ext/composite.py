@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators in torch's own functions: for tensors that know those only (nested ones, many subclasses), and for
+whoever records a call and replays it where this package may be missing.
+
+Arguments are in the order of the operators' schemas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _norm(input, normalized_shape, weight, bias, eps, input.dtype)
+
+
+def residual_add(
+    input: Tensor,
+    residual: Tensor,
+    input_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> Tensor:
+    total = _total(input, residual, input_bias, dropout_p, seed, residual_dtype)
+    return _cast(total, _sum_dtype(input, residual, residual_dtype))
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    prenorm: bool,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, s)`` whatever ``prenorm``."""
+    total = _total(input, residual, input_bias, dropout_p, seed, residual_dtype)
+    y = _norm(total, normalized_shape, weight, bias, eps, input.dtype)
+    return y, _cast(total, _sum_dtype(input, residual, residual_dtype))
+
+
+def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if activation == "none":
+        raise ValueError("expected activation to be relu, gelu or gelu_tanh, but got none")
+    return _activated(input if bias is None else input + _cast(bias, input.dtype), activation)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    output = _activated(F.linear(input, weight, bias), activation)
+    return output if residual is None else output + residual
+
+
+def packed_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None, causal: bool
+) -> Tensor:
+    """One attention over all tokens: reads no value of ``cu_seqlens``, so it is recorded for other lengths too."""
+    tokens = torch.arange(qkv.size(0), device=qkv.device)
+    sequence = (tokens.unsqueeze(1) >= cu_seqlens.to(qkv.device).unsqueeze(0)).sum(1)
+    mask = sequence.unsqueeze(1) == sequence.unsqueeze(0)
+    if causal:
+        mask = torch.logical_and(mask, tokens.unsqueeze(1) >= tokens.unsqueeze(0))
+    query, key, value = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).squeeze(0).transpose(0, 1)
+
+
+def _norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    result_dtype: torch.dtype,
+) -> Tensor:
+    """Computed in the widest of the dtypes."""
+    dtype = x.dtype
+    for parameter in (weight, bias):
+        dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+    weight, bias = (None if parameter is None else _cast(parameter, dtype) for parameter in (weight, bias))
+    y = F.layer_norm(_cast(x, dtype), normalized_shape, weight, bias, eps)
+    return y if dtype == result_dtype else y.to(result_dtype)  # autocast has a dtype of its own
+
+
+def _total(
+    input: Tensor,
+    residual: Tensor,
+    input_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> Tensor:
+    """``residual + dropout(input + input_bias)`` in the widest of the dtypes."""
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    if residual_dtype is not None:
+        dtype = torch.promote_types(dtype, residual_dtype)
+    update = _cast(input, dtype)
+    if input_bias is not None:
+        update = update + _cast(input_bias, dtype)
+    if dropout_p > 0.0:
+        keep = reference.dropout_keep_mask(seed, update.shape, dropout_p)
+        update = torch.where(keep, update * reference.dropout_scale(dropout_p), 0.0)
+    return _cast(residual, dtype) + update
+
+
+def _sum_dtype(input: Tensor, residual: Tensor, residual_dtype: torch.dtype | None) -> torch.dtype:
+    return torch.promote_types(input.dtype, residual.dtype) if residual_dtype is None else residual_dtype
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return F.relu(x)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
+    raise ValueError(f"expected activation to be relu, gelu or gelu_tanh, but got {activation}")
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which would be recorded even where it does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
