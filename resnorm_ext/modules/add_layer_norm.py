@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from .. import functional
 
@@ -33,6 +35,8 @@ class AddLayerNorm(nn.LayerNorm):
         >>> x = norm(attention(x), x)
     """
 
+    __constants__ = (*nn.LayerNorm.__constants__, "prenorm")  # by which TorchScript knows the type of the result
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -53,9 +57,13 @@ class AddLayerNorm(nn.LayerNorm):
         self.prenorm = prenorm
         self.residual_dtype = residual_dtype
 
-    def forward(
-        self, input: Tensor, residual: Tensor, input_bias: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    # Without a type for the result: TorchScript would take its users' word for both.
+    def forward(self, input: Tensor, residual: Tensor, input_bias: Tensor | None = None):
+        if is_scripting():
+            update = input if input_bias is None else input + input_bias
+            total = residual + F.dropout(update, self.dropout_p, self.training)
+            output = F.layer_norm(total, self.normalized_shape, self.weight, self.bias, self.eps)
+            return (output, total) if self.prenorm else output
         return functional.add_layer_norm(
             input,
             residual,

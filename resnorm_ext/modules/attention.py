@@ -8,12 +8,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from .. import functional
 from ..engine.packing import pack, packing_of_sequences, unpack
-from .eligibility import has_plain_tensors
+from ..recording import is_exported
+from .eligibility import has_plain_tensors, is_eager
 from .linear import linear
-from .masks import batch_and_length, check_masks, merge_masks
+from .masks import batch_and_length, causal_mask, check_masks, merge_masks
+from .originals import COMMON, Originals, forwards
+from .tracing import asks_for_original, for_torchscript, run_original
+
+ORIGINALS = COMMON + forwards(nn.MultiheadAttention) + Originals((F, "multi_head_attention_forward"))
 
 
 class AttentionPattern(NamedTuple):
@@ -51,6 +57,8 @@ class SelfAttention(nn.MultiheadAttention):
     Raises AssertionError or RuntimeError, as torch.nn does, for masks of wrong shape or dtype.
     """
 
+    _torch_forward = for_torchscript(nn.MultiheadAttention.forward)
+
     def forward(
         self,
         query: Tensor,
@@ -64,13 +72,35 @@ class SelfAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         key = query if key is None else key
         value = key if value is None else value
-        if query is not key or key is not value or query.is_nested or not self._is_supported():
-            return super().forward(
+        if is_scripting():
+            if is_causal and attn_mask is None:
+                attn_mask = causal_mask(batch_and_length(query, self.batch_first)[1], query)
+            return self._torch_forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if not isinstance(self, SelfAttention):
+            return nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        asks = asks_for_original(query) or is_exported() or ORIGINALS.reason() is not None
+        if asks or query is not key or key is not value or not self._is_supported():
+            if is_causal and attn_mask is None and isinstance(query, Tensor):  # which torch.nn asks for
+                attn_mask = causal_mask(batch_and_length(query, self.batch_first)[1], query)
+            return run_original(
+                nn.MultiheadAttention,
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
         check_masks(query, attn_mask, key_padding_mask, self.num_heads, self.batch_first)
         batch_first = self.batch_first or query.dim() == 2
-        x = query.unsqueeze(0) if query.dim() == 2 else query
+        x = query.unsqueeze(0) if query.dim() == 2 else kept_for_backward(query, self.batch_first)
         batch, length = batch_and_length(x, batch_first)
         mask, is_causal = merge_masks(
             attn_mask, key_padding_mask, is_causal, batch=batch, length=length, num_heads=self.num_heads, like=x
@@ -99,6 +129,12 @@ def is_self_attention(attention: nn.MultiheadAttention) -> bool:
         and attention.bias_v is None
         and not attention.add_zero_attn
     )
+
+
+def kept_for_backward(x: Tensor, batch_first: bool) -> Tensor:
+    """What the projection of a caller's ``x`` may keep for the backward pass. torch.nn's keeps a copy of ``x``, length
+    first, where it is batch first, so that ``x += attention(x)`` trains; this keeps one too."""
+    return x.clone() if batch_first and torch.is_grad_enabled() and is_eager(x) else x
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor, pattern: AttentionPattern) -> Tensor:
@@ -136,13 +172,13 @@ def _project_in(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """``(*, 3, heads, head_dim)``: queries, keys and values of ``x``, ``(*, embed_dim)``."""
     if x.size(-1) != attention.embed_dim:
         raise AssertionError(f"expected an input of embedding dimension {attention.embed_dim}, but got {x.size(-1)}")
-    qkv = linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    qkv = linear(attention, x, attention.in_proj_weight, attention.in_proj_bias)
     return qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim))
 
 
 def _project_out(attention: nn.MultiheadAttention, context: Tensor) -> Tensor:
     """``(*, embed_dim)`` of a context ``(*, heads, head_dim)``."""
-    return linear(context.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
+    return linear(attention.out_proj, context.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
 
 
 def _heads_first(qkv: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
+# As they were when this package was imported: others that are put in their place later compute something else.
+_RELU, _GELU = (F.relu, torch.relu), F.gelu
 
 
 def is_plain(
@@ -36,9 +38,9 @@ def is_plain(
 
 
 def has_plain_tensors(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether none of ``tensors`` is of a subclass that has its own idea of an operator."""
+    """Whether none of ``tensors`` is sparse, or of a subclass that has its own idea of an operator."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+        if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided):
             return False
     return True
 
@@ -53,8 +55,8 @@ def is_eager(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or x.is_meta
         or type(x) not in _PLAIN_TENSORS
+        or x.is_meta
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
@@ -64,14 +66,44 @@ def is_eager(x: Tensor) -> bool:
 
 def is_cpu_inference(x: Tensor) -> bool:
     """Whether a call on ``x`` is computed on the CPU, with values at hand and nothing asked for but the result."""
-    return x.is_cpu and not torch.is_grad_enabled() and is_eager(x) and not torch.is_autocast_enabled("cpu")
+    return not torch.is_grad_enabled() and is_eager(x) and x.is_cpu
+
+
+def autocasts() -> bool:
+    """Whether autocast is on for the CPU."""
+    return torch.is_autocast_enabled("cpu")
+
+
+def autocast_obstacle() -> str | None:
+    """What about autocast on the CPU keeps a call from inference on prepared weights."""
+    if not autocasts() or torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        return None
+    return f"autocast is to {torch.get_autocast_dtype('cpu')}"
+
+
+def products_under_autocast(x_dtype: torch.dtype) -> torch.dtype | None:
+    """What autocast multiplies inputs and weights of ``x_dtype`` in; None without autocast."""
+    return torch.bfloat16 if autocasts() and x_dtype == torch.float32 else None
+
+
+def grad_reason(module: nn.Module, *tensors: Tensor | None) -> str | None:
+    """Why a call of ``module`` on ``tensors`` has to be recorded for a backward pass, in words that say what to do;
+    None where no gradient can be wanted."""
+    if not torch.is_grad_enabled():
+        return None
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            return f"grad mode is on and {name} requires grad: use torch.no_grad()"
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "grad mode is on and the input requires grad: use torch.no_grad()"
+    return None
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name by which ``functional.linear`` knows ``activation``, or None where it must be called."""
-    if activation in (F.relu, torch.relu):
+    if activation in _RELU:
         return "relu"
-    if activation is F.gelu:
+    if activation is _GELU:
         return "gelu"
     if isinstance(activation, nn.Module):
         if is_plain(activation, nn.ReLU):

@@ -8,20 +8,38 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
+from ..recording import is_exported
+from .attention import ORIGINALS as ATTENTION_ORIGINALS
 from .attention import SelfAttention
+from .calls import record
 from .eligibility import is_plain
 from .encoder_paths import Stack, encode_batch, encode_sequences
 from .encoder_stack import is_plain_norm, obstacle
 from .layer_norm import LayerNorm
+from .originals import Originals
+from .padding import PaddingChoice
+from .tracing import asks_for_original, for_torchscript, run_original
+
+_LAYER = ATTENTION_ORIGINALS + Originals(
+    *((nn.TransformerEncoderLayer, name) for name in ("forward", "_sa_block", "_ff_block"))
+)
+_ENCODER = _LAYER + Originals((nn.TransformerEncoder, "forward"))
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(PaddingChoice, nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer`: the same constructor, initialisation, state_dict keys and masks.
 
     Attention dropout, activation dropout and the two residual dropouts act at the rates of ``self_attn.dropout``,
     ``dropout``, ``dropout1`` and ``dropout2``.
+
+    Attributes:
+        padding: ``"auto"``, the default, and ``"compute"``: padded positions are computed, as torch.nn does;
+            ``"skip"``: they are not, and are zeros.
     """
+
+    _torch_forward = for_torchscript(nn.TransformerEncoderLayer.forward)
 
     def __init__(
         self,
@@ -59,7 +77,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
@@ -78,13 +95,23 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises AssertionError or RuntimeError, as torch.nn does, for a ``src`` or mask of wrong shape or dtype, and
         ValueError for masks together with ``cu_seqlens``.
         """
-        if src.is_nested:
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        stack = Stack((self,), None, obstacle(self), self._forward_by_modules)
+        if is_scripting():
+            assert cu_seqlens is None, "TorchScript computes no packed sequences"
+            return self._torch_forward(src, src_mask, src_key_padding_mask, is_causal)
+        if not isinstance(self, TransformerEncoderLayer) or _runs_original(self, src, cu_seqlens, _LAYER):
+            return _run_original(
+                nn.TransformerEncoderLayer, self, src, src_mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen
+            )
+        stack = Stack(self, (self,), None, obstacle(self), self._forward_by_modules)
         return _encode(stack, src, src_mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen)
 
     def _forward_by_modules(
-        self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+        skipped: Tensor | None,
     ) -> Tensor:
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), mask, key_padding_mask, is_causal=is_causal)
@@ -93,16 +120,23 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(PaddingChoice, nn.TransformerEncoder):
     """:class:`torch.nn.TransformerEncoder`: the same constructor, state_dict keys and masks.
 
     Args:
         encoder_layer: a layer of this package or of torch.nn, whose copies become this package's.
         num_layers: number of copies.
         norm: applied to the output of the last layer.
-        enable_nested_tensor, mask_check: accepted for torch.nn's sake, without effect: no work is done on padding in
-            inference, left-aligned or not, and the output keeps the input's length.
+        enable_nested_tensor, mask_check: as in torch.nn, with no nested tensors: where these would be taken, padding is
+            skipped.
+
+    Attributes:
+        padding: ``"auto"``, the default: padded positions are skipped, and zeros, exactly where torch.nn would take
+            nested tensors; else computed. ``"skip"``: skipped wherever that is possible, in training too.
+            ``"compute"``: always computed.
     """
+
+    _torch_forward = for_torchscript(nn.TransformerEncoder.forward)
 
     def __init__(
         self,
@@ -112,8 +146,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
-        self.enable_nested_tensor = enable_nested_tensor
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor, mask_check)
         for layer in self.layers:
             if type(layer) is nn.TransformerEncoderLayer:
                 layer.__class__ = TransformerEncoderLayer
@@ -124,7 +157,6 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
-        *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
@@ -133,16 +165,28 @@ class TransformerEncoder(nn.TransformerEncoder):
         The arguments are those of :meth:`TransformerEncoderLayer.forward`; ``is_causal=None`` finds out, outside
         torch.compile and export, whether ``mask`` is the causal one.
         """
-        if src.is_nested:
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
-        stack = Stack(self.layers, self.norm, encoder_obstacle(self), self._forward_by_modules)
+        if is_scripting():
+            assert cu_seqlens is None, "TorchScript computes no packed sequences"
+            return self._torch_forward(src, mask, src_key_padding_mask, is_causal)
+        if not isinstance(self, TransformerEncoder) or _runs_original(self, src, cu_seqlens, _ENCODER):
+            return _run_original(
+                nn.TransformerEncoder, self, src, mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen
+            )
+        stack = Stack(self, self.layers, self.norm, encoder_obstacle(self), self._forward_by_modules)
         return _encode(stack, src, mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen)
 
     def _forward_by_modules(
-        self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+        skipped: Tensor | None,
     ) -> Tensor:
         for layer in self.layers:
             x = layer(x, src_mask=mask, src_key_padding_mask=key_padding_mask, is_causal=is_causal)
+        if skipped is not None:
+            x = x.masked_fill(skipped, 0.0)
         return x if self.norm is None else self.norm(x)
 
 
@@ -159,6 +203,41 @@ def encoder_obstacle(encoder: nn.TransformerEncoder) -> str | None:
     return None
 
 
+def _runs_original(
+    module: nn.TransformerEncoder | nn.TransformerEncoderLayer,
+    src: Tensor,
+    cu_seqlens: Tensor | None,
+    originals: Originals,
+) -> bool:
+    """Whether torch.nn's forward is to run, which knows no ``cu_seqlens``."""
+    if asks_for_original(src):
+        return True
+    layers = getattr(module, "layers", (module,))
+    if not all(isinstance(layer, nn.TransformerEncoderLayer) for layer in layers):
+        reason = "its layers are of classes of their own"
+    else:
+        reason = "the call is exported" if is_exported() else originals.reason()
+    if reason is None or cu_seqlens is not None:
+        return False
+    record(module, "original", reason)
+    return True
+
+
+def _run_original(
+    original: type[nn.Module],
+    module: nn.Module,
+    src: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Tensor:
+    """torch.nn's forward; packed sequences are given only where torch.fx records the call."""
+    sequences = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    return run_original(original, module, src, mask, key_padding_mask, is_causal, **sequences)
+
+
 def _encode(
     stack: Stack,
     src: Tensor,
@@ -168,6 +247,7 @@ def _encode(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> Tensor:
+    src = src.resolve_neg()
     if cu_seqlens is None:
         return encode_batch(stack, src, mask, key_padding_mask, is_causal)
     if mask is not None or key_padding_mask is not None:

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The way a batch takes through encoder layers, chosen at every call:
 
-- **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; and without grad, where no
-  mask but one for padding and a causal one is given, all activations are ReLU or GELU, and padding hides anything or
-  there is a kernel for the attention.
+- **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; where padding hides anything
+  and may be skipped (padding.py); and in inference without padding, where there is a kernel for the attention. Not with
+  masks other than for padding and a causal one, nor with activations other than ReLU and GELU.
 - **padded**: fused operators on the batch with its masks as given. Under torch.compile and export nothing depends on
   the masks' values.
 - **by modules**: the parts are called one by one, as torch.nn does, because one of them has a hook or is not what was
   built (another norm, an adapter, a parametrization).
 
-At positions that are not padded all three give what torch.nn computes without its fast path. Padded positions are zeros
-without grad, and what torch.nn computes there with grad.
+At positions that are not padded all three give what torch.nn computes without its fast path. Padded positions that are
+skipped are zeros, after a final norm its bias, as with torch.nn's nested tensors.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from ..engine.packing import equal_bounds, pack, packing_of, packing_of_sequences, unpack
 from .attention import AttentionPattern
-from .eligibility import activation_name, is_cpu_inference, is_eager
+from .calls import record
+from .eligibility import activation_name, autocast_obstacle, grad_reason, is_cpu_inference, is_eager
 from .encoder_stack import run_layers
 from .masks import (
     additive,
@@ -36,24 +36,26 @@ from .masks import (
     is_causal_mask,
     merge_masks,
 )
-
-_log = logging.getLogger(__name__)
+from .padding import torch_skips
 
 
 class Stack(NamedTuple):
     """Encoder layers as one call sees them.
 
     Attributes:
+        module: that is called.
         layers: at least one.
         final_norm: follows the last layer.
         obstacle: why fused operators do not compute what these modules do; None where they do.
-        by_modules: ``(src, mask, key_padding_mask, is_causal) -> output``, calling each module.
+        by_modules: ``(src, mask, key_padding_mask, is_causal, skipped) -> output``, calling each module;
+            ``skipped`` are positions to fill with zeros after the layers.
     """
 
+    module: nn.TransformerEncoder | nn.TransformerEncoderLayer
     layers: Sequence[nn.TransformerEncoderLayer]
     final_norm: nn.Module | None
     obstacle: str | None
-    by_modules: Callable[[Tensor, Tensor | None, Tensor | None, bool], Tensor]
+    by_modules: Callable[[Tensor, Tensor | None, Tensor | None, bool, Tensor | None], Tensor]
 
     @property
     def batch_first(self) -> bool:
@@ -65,7 +67,7 @@ def encode_sequences(
 ) -> Tensor:
     """The output, ``(tokens, dim)``, for packed ``tokens`` whose sequences' bounds are ``cu_seqlens``."""
     if stack.obstacle is None:
-        _report("packed: cu_seqlens given")
+        record(stack.module, "packed")
         pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=False)
     packing = packing_of_sequences(cu_seqlens.to(tokens.device), tokens.size(0), max_seqlen)
@@ -79,31 +81,51 @@ def encode_batch(
 ) -> Tensor:
     """The output, of ``src``'s shape, for a padded batch or an unbatched sequence with torch.nn's masks."""
     if stack.obstacle is not None:
-        hidden = None if key_padding_mask is None else hidden_keys(key_padding_mask)
         is_causal = _is_causal(is_causal, mask, src, stack)
-        return _zero_without_grad(_run_by_modules(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+        return _run_by_modules(stack, src, mask, key_padding_mask, is_causal)
     check_masks(src, mask, key_padding_mask, stack.layers[0].self_attn.num_heads, stack.batch_first)
     if src.dim() == 2:
         batch_dim = 0 if stack.batch_first else 1
         keys = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         return encode_batch(stack, src.unsqueeze(batch_dim), mask, keys, is_causal).squeeze(batch_dim)
+    reason = None
+    if torch.is_grad_enabled() and is_eager(src):
+        reason = grad_reason(stack.module, src, mask, key_padding_mask)
+        if reason is None:  # nothing to record
+            with torch.no_grad():
+                return encode_batch(stack, src, mask, key_padding_mask, is_causal)
 
     is_causal = _is_causal(is_causal, mask, src, stack)
     hidden = None if key_padding_mask is None else hidden_keys(key_padding_mask)
     if hidden is not None and is_eager(src) and holds_only_padding(key_padding_mask, hidden):
         if not hidden.any():
             key_padding_mask = hidden = None
-        elif not torch.is_grad_enabled() and (mask is None or is_causal) and _can_pack(stack):
-            return _run_packed(stack, src, hidden, is_causal)
+        elif (mask is None or is_causal) and _can_pack(stack) and _skips(stack, src, mask, key_padding_mask, hidden):
+            return _run_packed(stack, src, hidden, is_causal, reason)
     if hidden is None and (mask is None or is_causal) and _has_attention_kernel(stack, src) and _can_pack(stack):
         return _run_unpadded(stack, src, is_causal)
-    return _zero_without_grad(_run_padded(stack, src, mask, key_padding_mask, is_causal), hidden, stack)
+    return _run_padded(stack, src, mask, key_padding_mask, is_causal, reason)
+
+
+def _skips(
+    stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, hidden: Tensor | None
+) -> bool:
+    """Whether padding is skipped where that is possible."""
+    if stack.module.padding != "auto":
+        return stack.module.padding == "skip"
+    return (
+        not torch.is_grad_enabled()
+        and hidden is not None
+        and isinstance(stack.module, nn.TransformerEncoder)
+        and torch_skips(stack.module, src, mask, key_padding_mask, hidden)
+    )
 
 
 def _has_attention_kernel(stack: Stack, src: Tensor) -> bool:
     """Whether this package's kernel computes the attention of this call: inference on the CPU."""
     return (
         is_cpu_inference(src)
+        and autocast_obstacle() is None
         and not any(layer.self_attn.training and layer.self_attn.dropout > 0.0 for layer in stack.layers)
         and src.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and src.numel() > 0
@@ -115,17 +137,19 @@ def _can_pack(stack: Stack) -> bool:
     return all(activation_name(layer.activation) is not None for layer in stack.layers)
 
 
-def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool) -> Tensor:
+def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool, reason: str | None) -> Tensor:
     packing = packing_of(~padding)
-    _report("packed: %d of %d positions are tokens", packing.indices.numel(), padding.numel())
+    record(stack.module, "packed", reason)
     pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
     tokens = pack(_batch_first(src, stack), packing)
-    output = run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=True)
-    return _batch_first(unpack(output, packing), stack).contiguous()
+    output = unpack(run_layers(stack.layers, stack.final_norm, tokens, pattern, owns_x=True), packing)
+    if stack.final_norm is not None and stack.final_norm.bias is not None:  # the norm of zeros
+        output = torch.where(padding.unsqueeze(-1), stack.final_norm.bias.to(output.dtype), output)
+    return _batch_first(output, stack).contiguous()
 
 
 def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool) -> Tensor:
-    _report("packed: no padding")
+    record(stack.module, "packed")
     x = _batch_first(src, stack)
     batch, length, dim = x.shape
     cu_seqlens = equal_bounds(batch, length)
@@ -135,9 +159,17 @@ def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool) -> Tensor:
 
 
 def _run_padded(
-    stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
+    stack: Stack,
+    src: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    reason: str | None,
 ) -> Tensor:
-    _report("padded: %s", "no padding" if key_padding_mask is None else "grad mode, or masks that forbid packing")
+    if reason is None and key_padding_mask is not None:
+        record(stack.module, "padded", "padding is computed, or its mask is more than that", is_slow=False)
+    else:
+        record(stack.module, "padded", reason)
     batch, length = batch_and_length(src, stack.batch_first)
     num_heads = stack.layers[0].self_attn.num_heads
     mask, is_causal = merge_masks(
@@ -150,12 +182,17 @@ def _run_padded(
 def _run_by_modules(
     stack: Stack, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    _report("by modules: %s", stack.obstacle)
+    record(stack.module, "by modules", stack.obstacle)
     if is_causal and mask is None:
         mask = causal_mask(batch_and_length(src, stack.batch_first)[1], like=src)
+    skipped = None
+    if key_padding_mask is not None and is_eager(src) and stack.module.padding == "auto" and src.dim() == 3:
+        hidden = hidden_keys(key_padding_mask)
+        if _skips(stack, src, mask, key_padding_mask, hidden):
+            skipped = (hidden if stack.batch_first else hidden.t()).unsqueeze(-1)
     mask = None if mask is None else additive(mask, src.dtype)
     key_padding_mask = None if key_padding_mask is None else additive(key_padding_mask, src.dtype)
-    return stack.by_modules(src, mask, key_padding_mask, is_causal)
+    return stack.by_modules(src, mask, key_padding_mask, is_causal, skipped)
 
 
 def _is_causal(is_causal: bool | None, mask: Tensor | None, src: Tensor, stack: Stack) -> bool:
@@ -164,19 +201,6 @@ def _is_causal(is_causal: bool | None, mask: Tensor | None, src: Tensor, stack: 
         length = batch_and_length(src, stack.batch_first)[1]
         return mask is not None and is_eager(src) and is_causal_mask(mask, length)
     return is_causal
-
-
-def _zero_without_grad(output: Tensor, padding: Tensor | None, stack: Stack) -> Tensor:
-    if padding is None or torch.is_grad_enabled():
-        return output
-    if output.dim() == 3 and not stack.batch_first:
-        padding = padding.t()
-    return output.masked_fill(padding.unsqueeze(-1), 0.0)
-
-
-def _report(message: str, *arguments: object) -> None:
-    if not torch.compiler.is_compiling():
-        _log.debug(message, *arguments)
 
 
 def _batch_first(x: Tensor, stack: Stack) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional
-from .attention import AttentionPattern, SelfAttention, is_self_attention, self_attention
+from .attention import AttentionPattern, SelfAttention, is_self_attention, kept_for_backward, self_attention
 from .eligibility import has_global_hooks, is_eager, is_plain
 from .feed_forward import feed_forward
 from .inference import infer
@@ -47,6 +47,12 @@ def obstacle(layer: nn.TransformerEncoderLayer) -> str | None:
     for block in ("_sa_block", "_ff_block"):
         if block in layer.__dict__ or getattr(type(layer), block) is not getattr(nn.TransformerEncoderLayer, block):
             return f"{block} is overridden"
+    embed_dim, num_heads = parts["self_attn"].embed_dim, parts["self_attn"].num_heads
+    if parts["self_attn"].in_proj_weight.shape != (3 * embed_dim, embed_dim) or embed_dim % num_heads:
+        return "self_attn's in_proj_weight is not of its embed_dim and num_heads"
+    for norm in ("norm1", "norm2"):
+        if tuple(parts[norm].normalized_shape) != (embed_dim,):
+            return f"{norm} is not over embed_dim"
     return "hooks for all modules are registered" if has_global_hooks() else None
 
 
@@ -70,7 +76,8 @@ def run_layers(
     normed = None  # the norm of the stream, where adding to it has computed that too
     for index, layer in enumerate(layers):
         if not layer.norm_first:
-            stream.add_and_normalize(self_attention(layer.self_attn, stream.x, pattern), layer.dropout1, layer.norm1)
+            x = stream.x if stream.owns_x else kept_for_backward(stream.x, pattern.batch_first)
+            stream.add_and_normalize(self_attention(layer.self_attn, x, pattern), layer.dropout1, layer.norm1)
             stream.add_and_normalize(feed_forward(layer, stream.x), layer.dropout2, layer.norm2)
             normed = None
             continue
@@ -107,7 +114,7 @@ class ResidualStream:
 
     def __init__(self, x: Tensor, owns_x: bool) -> None:
         self.x = x
-        self._owns_x = owns_x
+        self.owns_x = owns_x
         self._in_place = not torch.is_grad_enabled() and is_eager(x) and not torch.is_autocast_enabled(x.device.type)
 
     def norm(self, norm: nn.LayerNorm) -> Tensor:
@@ -119,20 +126,20 @@ class ResidualStream:
         update = self._promoted(update)
         out = update if self._in_place else None
         self.x = functional.residual_add(update, self.x, dropout_p=dropout.p, training=dropout.training, out=out)
-        self._owns_x = True
+        self.owns_x = True
 
     def add_and_normalize(self, update: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> None:
         """``x = norm(x + dropout(update))``."""
         update = self._promoted(update)
         self.x = self._add_layer_norm(update, dropout, norm, prenorm=False, out=update if self._in_place else None)
-        self._owns_x = True
+        self.owns_x = True
 
     def add_then_norm(self, update: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> Tensor:
         """``x = x + dropout(update)``; returns ``norm(x)``."""
         update = self._promoted(update)
-        out = (update, self.x if self._owns_x else torch.empty_like(update)) if self._in_place else None
+        out = (update, self.x if self.owns_x else torch.empty_like(update)) if self._in_place else None
         normed, self.x = self._add_layer_norm(update, dropout, norm, prenorm=True, out=out)
-        self._owns_x = True
+        self.owns_x = True
         return normed
 
     def _add_layer_norm(

@@ -8,9 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from .eligibility import activation_name, has_global_hooks, is_plain
 from .linear import linear
+from .originals import COMMON
+from .tracing import asks_for_original
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
@@ -51,11 +54,15 @@ class FeedForward(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self.linear2(self.dropout(self.activation(self.linear1(input))))
         is_as_built = (
-            is_plain(self.linear1, nn.Linear)
+            not asks_for_original(input)
+            and is_plain(self.linear1, nn.Linear)
             and is_plain(self.dropout, nn.Dropout)
             and is_plain(self.linear2, nn.Linear)
             and not has_global_hooks()
+            and COMMON.reason() is None
         )
         if is_as_built:
             return feed_forward(self, input)
@@ -65,9 +72,9 @@ class FeedForward(nn.Module):
 def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
     """The feed-forward block of the ``linear1``, ``activation``, ``dropout`` and ``linear2`` that ``block`` holds."""
     epilogue = activation_name(block.activation)
-    hidden = linear(x, block.linear1.weight, block.linear1.bias, epilogue or "none")
+    hidden = linear(block.linear1, x, block.linear1.weight, block.linear1.bias, epilogue or "none")
     if epilogue is None:
         hidden = block.activation(hidden)
     if block.dropout.training and block.dropout.p > 0.0:
         hidden = F.dropout(hidden, block.dropout.p)
-    return linear(hidden, block.linear2.weight, block.linear2.bias)
+    return linear(block.linear2, hidden, block.linear2.weight, block.linear2.bias)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .._extension import extension
-from ..engine.encode import encode_post_norm, encode_pre_norm
+from ..engine.encode import encode_post_norm, encode_pre_norm, prepare_norm
+from ..engine.linear import product_dtype
 from ..engine.packing import check_sequences
 from .attention import AttentionPattern
-from .eligibility import activation_name, is_cpu_inference
-from .linear import prepared_linear
+from .eligibility import activation_name, autocast_obstacle, is_cpu_inference, products_under_autocast
+from .linear import choose_backend, prepared_linear
 
 
 def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: AttentionPattern) -> Tensor | None:
@@ -20,15 +22,20 @@ def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: Atte
     more than inference on the layers' weights, or these are not all alike."""
     if pattern.cu_seqlens is None or not is_cpu_inference(x) or len({layer.norm_first for layer in layers}) != 1:
         return None
-    if not all(_can_infer(layer, x) for layer in layers):
+    if autocast_obstacle() is not None or not all(_can_infer(layer, x) for layer in layers):
         return None
     check_sequences(pattern.cu_seqlens, len(x), pattern.max_seqlen)
-    weights = [_weights(layer) for layer in layers]
+    linears = [weight for layer in layers for _, weight, _ in _linears(layer)]
+    dtype = product_dtype(choose_backend(x.dtype, *linears))
+    autocast_dtype = products_under_autocast(x.dtype)
+    products = dtype if autocast_dtype is None else product_dtype(choose_backend(autocast_dtype, *linears))
+    weights = [_weights(layer, products, dtype) for layer in layers]
+    tokens = x.resolve_neg().to(dtype)
     if not layers[0].norm_first:
-        return encode_post_norm(x, pattern.cu_seqlens, weights, is_causal=pattern.is_causal)
+        return encode_post_norm(tokens, pattern.cu_seqlens, weights, is_causal=pattern.is_causal).to(x.dtype)
     for each in weights:
-        x = encode_pre_norm(x, pattern.cu_seqlens, each, is_causal=pattern.is_causal)
-    return x
+        tokens = encode_pre_norm(tokens, pattern.cu_seqlens, each, is_causal=pattern.is_causal)
+    return tokens.to(x.dtype)
 
 
 def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:
@@ -37,7 +44,7 @@ def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:
     dropouts = (layer.dropout, layer.dropout1, layer.dropout2)
     if (attention.training and attention.dropout > 0.0) or any(each.training and each.p > 0.0 for each in dropouts):
         return False
-    tensors = [tensor for pair in _linears(layer) for tensor in pair if tensor is not None]
+    tensors = [tensor for _, *pair in _linears(layer) for tensor in pair if tensor is not None]
     return (
         activation_name(layer.activation) is not None
         and all(type(tensor) is nn.Parameter and tensor.is_cpu and tensor.dtype == x.dtype for tensor in tensors)
@@ -45,28 +52,26 @@ def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:
     )
 
 
-def _linears(layer: nn.TransformerEncoderLayer) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _linears(layer: nn.TransformerEncoderLayer) -> Iterator[tuple[nn.Module, Tensor, Tensor | None]]:
+    """Each linear layer's module, weight and bias."""
     attention = layer.self_attn
-    yield attention.in_proj_weight, attention.in_proj_bias
+    yield attention, attention.in_proj_weight, attention.in_proj_bias
     for linear in (attention.out_proj, layer.linear1, layer.linear2):
-        yield linear.weight, linear.bias
+        yield linear, linear.weight, linear.bias
 
 
-def _weights(layer: nn.TransformerEncoderLayer) -> extension.LayerWeights:
-    qkv, attention_output, intermediate, output = (prepared_linear(*each) for each in _linears(layer))
+def _weights(layer: nn.TransformerEncoderLayer, products: torch.dtype, norms: torch.dtype) -> extension.LayerWeights:
+    """What the engine reads of ``layer``, in these dtypes."""
+    qkv, attention_output, intermediate, output = (prepared_linear(*each, products) for each in _linears(layer))
     attention = layer.self_attn
     return extension.LayerWeights(
         num_heads=attention.num_heads,
         scale=attention.head_dim**-0.5,
         qkv=qkv,
         attention_output=attention_output,
-        attention_norm=_norm(layer.norm1),
+        attention_norm=prepare_norm(layer.norm1.weight, layer.norm1.bias, layer.norm1.eps, norms),
         intermediate=intermediate,
         activation=activation_name(layer.activation),
         output=output,
-        feed_forward_norm=_norm(layer.norm2),
+        feed_forward_norm=prepare_norm(layer.norm2.weight, layer.norm2.bias, layer.norm2.eps, norms),
     )
-
-
-def _norm(norm: nn.LayerNorm) -> extension.Norm:
-    return extension.Norm(norm.weight, norm.bias, norm.eps)

@@ -19,9 +19,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of a few dozen terms ne
 def measured(monkeypatch):
     shapes = []
     monkeypatch.setattr(linear, "choose_backends", shapes.extend)
-    linear._choose_backend.cache_clear()
+    linear._choose_once.cache_clear()
     yield shapes
-    linear._choose_backend.cache_clear()
+    linear._choose_once.cache_clear()
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def test_nothing_is_measured_where_results_must_repeat(measured):
 
 @torch.no_grad()
 def test_measuring_takes_no_random_numbers_of_the_caller():
-    linear._choose_backend.cache_clear()
+    linear._choose_once.cache_clear()
     module, x = rn.FeedForward(20, 28, 0.0), torch.randn(2, 20)
     torch.manual_seed(3)
     expected = torch.randn(4)
