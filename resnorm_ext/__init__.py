@@ -10,6 +10,7 @@ from ._extension import load_if_built
 from .build_config import VERSION as __version__
 from .engine.workspace import free_workspaces
 from .integrations import accelerate, refresh, report, restore
+from .integrations.quantization import register_for_quantization
 from .modules import AddLayerNorm, FeedForward, LayerNorm, SelfAttention, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -29,3 +30,4 @@ __all__ = [
 ]
 
 load_if_built()
+register_for_quantization()

@@ -16,8 +16,7 @@ from .bert_layers import Classes
 from .layer_kind import linear_shapes
 from .packed_layers import encoder_obstacle
 from .packed_model import ModelKind, PackedEmbeddings, PackedEncoder, embeddings_as_built, packing_hooks
-from .replace import Finding, named_modules, original_class
-from .transformers import attention_obstacle
+from .replace import Finding, named_modules, original_class, original_forward
 
 
 class PackedBertEmbeddings(PackedEmbeddings):
@@ -31,6 +30,9 @@ class PackedBertEmbeddings(PackedEmbeddings):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
+        forward = original_forward(self, PackedBertEmbeddings)
+        if forward is not None:
+            return forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
         packed = self.embed(input_ids, inputs_embeds, position_ids, token_type_ids)
         if packed is not None:
             return packed
@@ -60,6 +62,9 @@ class PackedBertEncoder(PackedEncoder):
             "use_cache": use_cache,
             **kwargs,
         }
+        forward = original_forward(self, PackedBertEncoder)
+        if forward is not None:
+            return forward(hidden_states, attention_mask, **others)
         output = self.encode(hidden_states, attention_mask, others)
         if output is None:
             return super().forward(hidden_states, attention_mask, **others)
@@ -72,6 +77,7 @@ class BertFamily:
     def __init__(self, classes: Classes, replacements: Iterable[type[nn.Module]]) -> None:
         self.classes = classes
         classes.replacements.update((replacement.__bases__[-1], replacement) for replacement in replacements)
+        self.originals = classes.model_kind.model_originals  # now, before anybody replaces one for a while
 
     def find(self, model: nn.Module) -> Iterator[Finding]:
         """The modules of ``model`` that are replaced, and those of their kind that are not."""
@@ -100,8 +106,7 @@ class BertFamily:
         """What keeps ``module`` from the packed path at every call, as it is now."""
         classes = self.classes
         if isinstance(module, classes.encoder):
-            attention = attention_obstacle(module.config, classes.eager_attention)
-            return attention or encoder_obstacle(module, classes.kind)
+            return encoder_obstacle(module, [module.config], classes.kind)
         if isinstance(module, classes.embeddings) and not embeddings_as_built(module, classes.model_kind):
             return "embeddings have hooks or are not as they were built"
         return None

@@ -9,10 +9,12 @@ from functools import cached_property
 from types import ModuleType
 
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from .fused_norm import NORMS, add_norm
 from .layer_kind import LayerKind
 from .packed_model import ModelKind
+from .replace import Replacement, original_forward
 
 _PARTS = {  # either a role in Classes or the types
     "attention": "attention",
@@ -64,7 +66,7 @@ class Classes:
             types=(self.layer,),
             parts={name: self._types(of) if isinstance(of, str) else of for name, of in _PARTS.items()},
             attention="attention.self",
-            num_heads="num_attention_heads",
+            head_dim="attention_head_size",
             projections=("attention.self.query", "attention.self.key", "attention.self.value"),
             attention_dropout=("attention.self.dropout", "p"),
             attention_output="attention.output.dense",
@@ -101,8 +103,13 @@ class Classes:
         return getattr(self, role), self.replacement(role)
 
 
-class FusedOutput(nn.Module):
+class FusedOutput(Replacement, nn.Module):
     """Dropout, residual add and layer norm in one pass."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if is_scripting():
+            return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+        forward = original_forward(self, FusedOutput)
+        if forward is not None:
+            return forward(hidden_states, input_tensor)
         return add_norm(self.dense(hidden_states), input_tensor, self.LayerNorm, self.dropout)

@@ -7,32 +7,44 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
 
 from ..engine.linear import LinearShape
+from ..modules.tracing import for_torchscript
 from .fused_norm import NORMS, add_norm
 from .layer_kind import LayerKind, linear_shapes
 from .packed_layers import encoder_obstacle
 from .packed_model import ModelKind, PackedEmbeddings, PackedEncoder, embeddings_as_built, packing_hooks
-from .replace import Finding, original_class
-from .transformers import attention_obstacle
+from .replace import Finding, Replacement, original_class, original_forward
 
 
-class DistilBertBlock(modeling_distilbert.TransformerBlock):
+class DistilBertBlock(Replacement, modeling_distilbert.TransformerBlock):
     """Residual add and layer norm in one pass."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        forward = original_forward(self, DistilBertBlock)
+        if forward is not None:
+            return forward(hidden_states, attention_mask, **kwargs)
         update, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = add_norm(update, hidden_states, self.sa_layer_norm)
         return add_norm(self.ffn(hidden_states), hidden_states, self.output_layer_norm)
 
 
 class DistilBertEmbeddings(PackedEmbeddings, modeling_distilbert.Embeddings):
+    _torch_forward = for_torchscript(modeling_distilbert.Embeddings.forward)
+
+    # input_ids may be None all the same: TorchScript compares types with the library's, and this is its.
     def forward(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
+        if is_scripting():
+            return self._torch_forward(input_ids, inputs_embeds, position_ids)
+        forward = original_forward(self, DistilBertEmbeddings)
+        if forward is not None:
+            return forward(input_ids, inputs_embeds, position_ids)
         packed = self.embed(input_ids, inputs_embeds, position_ids)
         return super().forward(input_ids, inputs_embeds, position_ids) if packed is None else packed
 
@@ -45,6 +57,9 @@ class DistilBertTransformer(PackedEncoder, modeling_distilbert.Transformer):
         return _attention_config(self)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        forward = original_forward(self, DistilBertTransformer)
+        if forward is not None:
+            return forward(hidden_states, attention_mask, **kwargs)
         output = self.encode(hidden_states, attention_mask, kwargs)
         if output is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -69,7 +84,7 @@ _KIND = LayerKind(
     }
     | dict.fromkeys(_LINEARS, (nn.Linear,)),
     attention="attention",
-    num_heads="n_heads",
+    head_dim="attention_head_size",
     projections=_LINEARS[:3],
     attention_dropout=("attention.dropout", "p"),
     attention_output="attention.out_lin",
@@ -94,6 +109,8 @@ _MODEL = ModelKind(
 
 class DistilBert:
     """The integration."""
+
+    originals = _MODEL.model_originals  # now, before anybody replaces one for a while
 
     def find(self, model: nn.Module) -> Iterator[Finding]:
         for name, module in model.named_modules():
@@ -122,9 +139,7 @@ def _lasting_obstacle(module: nn.Module) -> str | None:
         return "embeddings have hooks or are not as they were built"
     if not isinstance(module, modeling_distilbert.Transformer):
         return None
-    config = _attention_config(module)
-    attention = None if config is None else attention_obstacle(config, _KIND.eager_attention)
-    return attention or encoder_obstacle(module, _KIND)
+    return encoder_obstacle(module, [], _KIND)
 
 
 INTEGRATION = DistilBert()

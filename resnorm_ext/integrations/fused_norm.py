@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..modules import LayerNorm
 from ..modules.eligibility import has_global_hooks
+from ..modules.tracing import asks_for_original
+from ..recording import is_exported
 from .transformers import is_as_built
 
 NORMS = (LayerNorm, nn.LayerNorm)
@@ -39,7 +41,8 @@ def add(update: Tensor, residual: Tensor, dropout: nn.Dropout | None = None) -> 
 
 def _fuses(update: Tensor, residual: Tensor, norm: nn.Module | None, dropout: nn.Module | None) -> bool:
     return (
-        not has_global_hooks()
+        not (asks_for_original(update) or is_exported())
+        and not has_global_hooks()
         and (dropout is None or is_as_built(dropout, nn.Dropout))
         and (norm is None or is_as_built(norm, *NORMS))
         and update.dtype == residual.dtype  # else the sum has the wider one, and so has its norm

@@ -18,13 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional
 from ..engine.encode import run_pre_norm
 from ..engine.packing import equal_bounds
+from ..modules.eligibility import products_under_autocast
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
-from .pre_norm_layers import PreNormIntegration, weights_for_inference
+from .pre_norm_layers import PreNormIntegration, layer_for_inference
+from .replace import Replacement, original_forward
 
 
-class GPT2Block(modeling_gpt2.GPT2Block):
+class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
     """The block on fused operators."""
+
+    chooses_path = True
 
     def forward(
         self,
@@ -36,8 +40,11 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None:
-            return super().forward(
+        forward = original_forward(self, GPT2Block)
+        if forward is None and encoder_hidden_states is not None:
+            forward = super().forward
+        if forward is not None:
+            return forward(
                 hidden_states,
                 past_key_values,
                 attention_mask,
@@ -46,13 +53,15 @@ class GPT2Block(modeling_gpt2.GPT2Block):
                 use_cache,
                 **kwargs,
             )
-        attention, config = self.attn, self.attn.config
+        attention = self.attn
         arguments = {name: value for name, value in kwargs.items() if name not in _FOR_ATTENTION}
-        arguments["upcasting"] = attention.reorder_and_upcast_attn and config._attn_implementation == "eager"
-        weights = weights_for_inference(self, _KIND, config, hidden_states, arguments)
-        if weights is not None:
-            attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, kwargs)
-            return run_pre_norm(hidden_states.flatten(0, 1), weights, attend).view(hidden_states.shape)
+        upcasts = attention.reorder_and_upcast_attn and attention.config._attn_implementation == "eager"
+        prepared = None if upcasts else layer_for_inference(self, _KIND, hidden_states, arguments)
+        if prepared is not None:
+            dtype = products_under_autocast(hidden_states.dtype) or hidden_states.dtype
+            attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, dtype, kwargs)
+            output = run_pre_norm(prepared.tokens_of(hidden_states), prepared.layers[0], attend)
+            return output.to(hidden_states.dtype).view(hidden_states.shape)
         update, _ = attention(
             self.ln_1(hidden_states),
             past_key_values=past_key_values,
@@ -72,14 +81,17 @@ def _attend(
     cache: Cache | None,
     mask: Tensor | None,
     shape: torch.Size,
+    dtype: torch.dtype,
     arguments: dict[str, Any],
     qkv: Tensor,
 ) -> Tensor:
     """The context, ``(batch * length, ...)``, of ``qkv``, ``(batch * length, 3, heads, head_dim)``.
 
-    Keys and values are added to ``cache`` and taken from it.
+    Keys and values are added to ``cache``, in the original's ``dtype``, and taken from it.
     """
     batch, length, _ = shape
+    if cache is not None:
+        qkv = qkv.to(dtype)
     query, key, value = qkv.unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
     as_given = True  # whether key and value are those of qkv alone
     if cache is not None:
@@ -134,7 +146,7 @@ _KIND = LayerKind(
     }
     | dict.fromkeys(_LINEARS, (Conv1D,)),
     attention="attn",
-    num_heads="num_heads",
+    head_dim="head_dim",
     projections=_LINEARS[:1],
     attention_dropout=("attn.attn_dropout", "p"),
     attention_output="attn.c_proj",
@@ -146,6 +158,7 @@ _KIND = LayerKind(
     dropouts=("attn.resid_dropout", "mlp.dropout"),
     eager_attention=modeling_gpt2.eager_attention_forward,
     linear=Conv1D,
+    split_size="split_size",
     is_causal=True,
 )
 
@@ -154,4 +167,4 @@ def _exception(block: modeling_gpt2.GPT2Block) -> str | None:
     return "cross-attention" if hasattr(block, "crossattention") else None
 
 
-INTEGRATION = PreNormIntegration(_KIND, GPT2Block, config_of=lambda block: block.attn.config, exception=_exception)
+INTEGRATION = PreNormIntegration(_KIND, GPT2Block, exception=_exception)

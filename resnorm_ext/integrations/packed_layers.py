@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import logging
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .._extension import extension
 from ..engine.encode import encode_post_norm
 from ..engine.packing import unpack
+from ..modules.calls import record
 from .layer_kind import LayerKind, parts_as_built
-from .prepared import prepared_layers
+from .prepared import PreparedLayers, prepared_layers
 from .transformers import (
     PackedBatch,
     attention_obstacle,
@@ -25,18 +25,22 @@ from .transformers import (
     packing_of_mask,
 )
 
-_log = logging.getLogger(__name__)
+# The heads that are running, each with whether its result reads padded positions (heads.py).
+reads_padding: ContextVar[tuple[tuple[int, bool], ...]] = ContextVar("reads_padding", default=())
 
-WITHOUT_EFFECT = ("cache_position", "return_dict")  # on what an encoder computes
 
-
-def encoder_obstacle(encoder: nn.Module, kind: LayerKind) -> str | None:
-    """What about its modules keeps ``encoder`` from the packed path at present."""
+def encoder_obstacle(encoder: nn.Module, configs: list[PreTrainedConfig], kind: LayerKind) -> str | None:
+    """What about its modules, its ``configs`` and those of its layers keeps ``encoder`` from the packed path."""
+    changed = kind.originals.reason()
+    if changed is not None:
+        return changed
+    configs = list(configs)
     for index, layer in enumerate(encoder.layer):
         parts = parts_as_built(layer, kind)
         if isinstance(parts, str):
             return f"layer.{index}{parts}"
-    return None
+        configs.append(parts[kind.attention].config)
+    return attention_obstacle(configs, kind.eager_attention)
 
 
 def packed_batch_of_encoder(
@@ -48,8 +52,7 @@ def packed_batch_of_encoder(
     arguments: dict[str, Any],
 ) -> PackedBatch | str:
     """What ``encoder``'s call on padded hidden states packs; or why it cannot."""
-    others = {name: value for name, value in arguments.items() if name not in ("position_ids", *WITHOUT_EFFECT)}
-    layers = layers_to_run(encoder, kind, config, x, x.dtype, others)
+    layers = layers_to_run(encoder, kind, config, x, x.dtype, arguments)
     if isinstance(layers, str):
         return layers
     key_mask = None
@@ -59,9 +62,20 @@ def packed_batch_of_encoder(
         key_mask = key_mask_of(attention_mask, *x.shape[:2])
         if key_mask is None:
             return "the attention mask does not only hide keys"
-        if hides_first_position(key_mask):
-            return "position 0 is hidden, and a pooler may read it"
-    return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
+    return padding_obstacle(encoder, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))
+
+
+def padding_obstacle(encoder: nn.Module, key_mask: Tensor | None) -> str | None:
+    """Why positions that ``key_mask`` hides are to be computed all the same."""
+    if key_mask is None:
+        return None
+    if hides_first_position(key_mask, of_any_sequence=encoder.padding != "skip"):
+        return "position 0 is hidden, as by padding on the left, and may be read"
+    if encoder.padding == "compute" and not key_mask.all():
+        return "padding is to be computed"
+    if encoder.padding == "auto" and any(reads for _, reads in reads_padding.get()) and not key_mask.all():
+        return "the loss reads padded positions"
+    return None
 
 
 def layers_to_run(
@@ -71,31 +85,33 @@ def layers_to_run(
     x: Tensor,
     dtype: torch.dtype,
     arguments: dict[str, Any],
-) -> list[extension.LayerWeights] | str:
+) -> PreparedLayers | str:
     """``encoder``'s layers for a packed call on ``x`` with these further arguments; or what stands against it."""
     if captures_outputs():
         return "hidden states or attention weights are asked for"
     if config is None:
         return "there is no layer as it was built"
-    obstacle = mode_obstacle(x) or attention_obstacle(config, kind.eager_attention)
+    obstacle = mode_obstacle(x, encoder.model_kind().originals) or attention_obstacle([config], kind.eager_attention)
     if obstacle is not None:
         return obstacle
     if x.is_floating_point() and x.dtype != dtype:
         return f"the input is {x.dtype}, not {dtype}"
     for name, value in arguments.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name in encoder.model_kind().names_read:
             return f"{name} is given"
-    return prepared_layers(encoder, encoder.layer, kind, dtype) or "there is no layer"
+    if len(encoder.layer) == 0:
+        return "there is no layer"
+    layers = prepared_layers(encoder, encoder.layer, kind, x, dtype)
+    if isinstance(layers, str):
+        return layers
+    if any(each is not config for each in layers.configs):
+        return attention_obstacle([config, *layers.configs], kind.eager_attention) or layers
+    return layers
 
 
 def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Tensor:
     """The last layer's output for the packed ``tokens``, padded again."""
-    packing = batch.packing
-    _log.debug(
-        "%s: packed, %d tokens of %d x %d", type(encoder).__name__, len(tokens), packing.batch_size, packing.length
-    )
-    return unpack(encode_post_norm(tokens, packing.cu_seqlens, batch.layers), packing)
-
-
-def log_obstacle(encoder: nn.Module, obstacle: str) -> None:
-    _log.debug("%s: original computation, because %s", type(encoder).__name__, obstacle)
+    record(encoder, "packed")
+    layers, packing = batch
+    x = tokens.resolve_neg().to(layers.precision.stream)
+    return unpack(encode_post_norm(x, packing.cu_seqlens, layers.layers).to(tokens.dtype), packing)

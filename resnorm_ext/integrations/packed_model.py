@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,20 +19,27 @@ from transformers import PreTrainedConfig
 
 from .. import functional
 from ..engine.packing import pack
+from ..modules.calls import record
+from ..modules.originals import Originals, forwards
+from ..modules.padding import PaddingChoice
+from ..recording import is_exported
 from .fused_norm import NORMS
-from .layer_kind import LayerKind, acts
-from .packed_layers import WITHOUT_EFFECT, encode_packed, layers_to_run, log_obstacle, packed_batch_of_encoder
-from .replace import named_modules
+from .layer_kind import LayerKind, acts, names_read_by
+from .packed_layers import encode_packed, layers_to_run, packed_batch_of_encoder, padding_obstacle
+from .replace import Replacement, named_modules
 from .transformers import (
     PackedBatch,
     carrying,
-    hides_first_position,
+    implementation_obstacle,
     is_as_built,
     packing_of_mask,
     stand_in,
     stood_for,
     take_batch,
 )
+
+# What of a model hands input_ids on to the embeddings, and the mask and the embeddings to the encoder.
+_MODEL_METHODS = ("forward", "_create_attention_masks")
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,33 @@ class ModelKind:
     encoder_name: str
     layer: LayerKind
 
+    @cached_property
+    def originals(self) -> Originals:
+        """What a packed call of the encoder stands for."""
+        return self.layer.originals + forwards(self.encoder.__bases__[-1])
 
-class PackedEncoder(nn.Module):
-    """Runs all layers on packed tokens where nothing about the call and the layers stands against it."""
+    @cached_property
+    def model_originals(self) -> Originals:
+        """What a packed call of the whole model stands for."""
+        functions = Originals(*((self.model, method) for method in _MODEL_METHODS if hasattr(self.model, method)))
+        embedding = forwards(self.embeddings[0], nn.Embedding) + Originals((F, "embedding"))
+        return self.originals + functions + embedding
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """The names of arguments that the encoder's forward or a layer's does anything with."""
+        return self.layer.names_read | names_read_by(self.encoder.__bases__[-1].forward)
+
+
+class PackedEncoder(Replacement, PaddingChoice, nn.Module):
+    """Runs all layers on packed tokens where nothing about the call and the layers stands against it.
+
+    Attributes:
+        padding: ``"auto"``: padded positions are skipped without grad, and are zeros, but where a loss reads them;
+            ``"skip"``: there too; ``"compute"``: they are computed. Where position 0 is hidden they are computed.
+    """
+
+    chooses_path = True
 
     model_kind: Callable[[], ModelKind]
 
@@ -74,12 +106,12 @@ class PackedEncoder(nn.Module):
         kind, config = self.model_kind().layer, self.attention_config()
         batch = packed_batch_of_encoder(self, kind, config, hidden_states, attention_mask, arguments)
         if isinstance(batch, str):
-            log_obstacle(self, batch)
+            record(self, "original", batch)
             return None
         return encode_packed(self, pack(hidden_states, batch.packing), batch)
 
 
-class PackedEmbeddings(nn.Module):
+class PackedEmbeddings(Replacement, nn.Module):
     """Embeds only the tokens of a batch that ``hand_over_mask`` has packed."""
 
     tables: tuple[str, ...] = ("word", "position")  # what these hold for a token is added up and normalised
@@ -131,6 +163,7 @@ def embeddings_as_built(embeddings: nn.Module, kind: ModelKind) -> bool:
         and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
         and len({table.weight.dtype for table in tables}) == 1
         and is_as_built(parts["LayerNorm"], *NORMS)
+        and tuple(parts["LayerNorm"].normalized_shape) == (tables[0].embedding_dim,)
         and is_as_built(parts["dropout"], nn.Dropout)
         and not acts(parts["dropout"])
     )
@@ -145,7 +178,7 @@ def hand_over_mask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     Nobody reads the mask then. But the model would make one of length by length of it, which costs more than the
     embeddings, so it goes on as one of four dimensions, which is taken as it is.
     """
-    encoder = None if torch.compiler.is_compiling() else _encoder_of(model)
+    encoder = None if torch.compiler.is_compiling() or is_exported() else _encoder_of(model)
     if encoder is None:
         return None
     kind = encoder.model_kind()
@@ -187,7 +220,10 @@ def _packed_batch_of_model(
 
     Where only they cannot, the encoder will still find out that it can.
     """
-    for method in ("forward", "_create_attention_masks"):
+    changed = kind.model_originals.reason()
+    if changed is not None:
+        return changed
+    for method in _MODEL_METHODS:
         if method in model.__dict__ or getattr(type(model), method, None) is not getattr(kind.model, method, None):
             return f"the model has a {method} of its own"
     if next(reversed(model._forward_pre_hooks.values())) is not hand_over_mask:
@@ -202,17 +238,20 @@ def _packed_batch_of_model(
     key_mask = arguments.get("attention_mask")
     if x is None or x.dim() < 2 or x.size(1) + embeddings.first_position() > embeddings.position_ids.size(1):
         return "the arguments are not valid"
-    known = (*kind.arguments, *WITHOUT_EFFECT, "use_cache")
-    others = {name: value for name, value in arguments.items() if name not in known}
+    config = encoder.attention_config()
+    if config is not model.config:  # by whose implementation the mask is made
+        reason = implementation_obstacle(model.config, kind.layer.eager_attention)
+        if reason is not None:
+            return reason
+    others = {name: value for name, value in arguments.items() if name not in (*kind.arguments, "use_cache")}
     dtype = embeddings.word_embeddings.weight.dtype
-    layers = layers_to_run(encoder, kind.layer, encoder.attention_config(), x, dtype, others)
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in embeddings.parameters()):
+        return "grad mode is on and the embeddings require grad: use torch.no_grad()"
+    layers = layers_to_run(encoder, kind.layer, config, x, dtype, others)
     if isinstance(layers, str):
         return layers
     if key_mask is not None:
-        if key_mask.shape != x.shape[:2]:
+        if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2]:
             return "the attention mask is not that of a padded batch"
         key_mask = key_mask.to(torch.bool)
-        # Where a model knows no pooler, heads on it read there.
-        if getattr(model, "pooler", "unknown") is not None and hides_first_position(key_mask):
-            return "position 0, which is hidden, may be read"
-    return PackedBatch(packing_of_mask(key_mask, *x.shape[:2]), layers)
+    return padding_obstacle(encoder, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))

@@ -3,56 +3,52 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from .._extension import extension
 from ..engine.linear import LinearShape
+from ..modules.calls import record
 from .layer_kind import LayerKind, linear_shapes, parts_as_built
-from .prepared import prepared_layers
-from .replace import Finding, original_class
-from .transformers import captures_outputs, implementation_obstacle, mode_obstacle
-
-_log = logging.getLogger(__name__)
+from .prepared import PreparedLayers, prepared_layers
+from .replace import Finding, Replacement, original_class
+from .transformers import attention_obstacle, captures_outputs, mode_obstacle
 
 
-def weights_for_inference(
-    layer: nn.Module, kind: LayerKind, config: PreTrainedConfig, x: Tensor, arguments: dict[str, Any]
-) -> extension.LayerWeights | None:
-    """Those of ``layer`` where its call on ``x`` with these further arguments is inference on its weights alone.
+def layer_for_inference(
+    layer: nn.Module, kind: LayerKind, x: Tensor, arguments: dict[str, Any]
+) -> PreparedLayers | None:
+    """The prepared ``layer`` where its call on ``x`` with these further arguments is inference on its weights alone.
 
     None where anything about the call or the layer asks for the original computation.
     """
     if torch.compiler.is_compiling():
         return None
-    weights = _weights_or_obstacle(layer, kind, config, x, arguments)
-    if isinstance(weights, str):
-        _log.debug("%s: original computation, because %s", type(layer).__name__, weights)
+    prepared = _layer_or_obstacle(layer, kind, x, arguments)
+    if isinstance(prepared, str):
+        record(layer, "original", prepared)
         return None
-    _log.debug("%s: fused", type(layer).__name__)
-    return weights
+    record(layer, "fused")
+    return prepared
 
 
-def _weights_or_obstacle(
-    layer: nn.Module, kind: LayerKind, config: PreTrainedConfig, x: Tensor, arguments: dict[str, Any]
-) -> extension.LayerWeights | str:
+def _layer_or_obstacle(layer: nn.Module, kind: LayerKind, x: Tensor, arguments: dict[str, Any]) -> PreparedLayers | str:
     if captures_outputs():
         return "hidden states or attention weights are asked for"
-    obstacle = mode_obstacle(x) or implementation_obstacle(config, kind.eager_attention)
+    obstacle = mode_obstacle(x, kind.originals)
     if obstacle is not None:
         return obstacle
     if x.dim() != 3 or not x.numel():
         return f"the input is of shape {tuple(x.shape)}"
     for name, value in arguments.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name in kind.names_read:
             return f"{name} is given"
-    layers = prepared_layers(layer, [layer], kind, x.dtype, "the layer")
-    return layers if isinstance(layers, str) else layers[0]
+    prepared = prepared_layers(layer, [layer], kind, x, x.dtype, "the layer")
+    if isinstance(prepared, str):
+        return prepared
+    return attention_obstacle(prepared.configs, kind.eager_attention, is_causal=kind.is_causal) or prepared
 
 
 class PreNormIntegration:
@@ -60,21 +56,20 @@ class PreNormIntegration:
 
     Args:
         replacement: of the layers.
-        config_of: that of a layer.
         exception: why a layer is left alone, if it is.
     """
 
     def __init__(
         self,
         kind: LayerKind,
-        replacement: type[nn.Module],
-        config_of: Callable[[nn.Module], PreTrainedConfig],
+        replacement: type[Replacement],
         exception: Callable[[nn.Module], str | None] = lambda _: None,
     ) -> None:
-        self.kind, self.replacement, self.config_of, self.exception = kind, replacement, config_of, exception
+        self.kind, self.replacement, self.exception = kind, replacement, exception
+        self.originals = kind.originals  # now, before anybody replaces one for a while
 
     def find(self, model: nn.Module) -> Iterator[Finding]:
-        original = self.replacement.__bases__[0]
+        original = self.replacement._original
         for name, module in model.named_modules():
             if not isinstance(module, original):
                 continue
@@ -96,4 +91,8 @@ class PreNormIntegration:
         parts = parts_as_built(layer, self.kind)
         if isinstance(parts, str):
             return f"the layer{parts}"
-        return implementation_obstacle(self.config_of(layer), self.kind.eager_attention)
+        changed = self.kind.originals.reason()
+        if changed is not None:
+            return changed
+        config = parts[self.kind.attention].config
+        return attention_obstacle([config], self.kind.eager_attention, is_causal=self.kind.is_causal)

@@ -21,7 +21,8 @@ class PositionsFromTokens(PackedBertEmbeddings):
 
     def positions(self, input_ids: Tensor | None, length: int) -> Tensor:
         if input_ids is None:
-            return torch.arange(self.first_position(), self.first_position() + length).unsqueeze(0)
+            device = self.word_embeddings.weight.device
+            return torch.arange(self.first_position(), self.first_position() + length, device=device).unsqueeze(0)
         real = input_ids.ne(self.padding_idx).int()
         return (real.cumsum(1, dtype=torch.int32) * real).long() + self.padding_idx
 

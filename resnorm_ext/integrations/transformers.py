@@ -8,7 +8,7 @@ tensors themselves: a tensor that carries one is a new Python object, so calls i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .._extension import extension
 from ..engine.packing import Packing, equal_bounds, packing_of
-from ..modules.eligibility import has_global_hooks, is_eager, is_plain
+from ..modules.eligibility import autocast_obstacle, has_global_hooks, is_eager, is_plain
+from ..modules.originals import Originals
+
+if TYPE_CHECKING:
+    from .prepared import PreparedLayers
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -44,26 +47,33 @@ def _are_idle(hooks: Iterable[Callable]) -> bool:
     return kinds == {_CAPTURING_HOOK} and not captures_outputs()
 
 
-def mode_obstacle(x: Tensor) -> str | None:
-    """What about the mode of this call on ``x`` keeps it from the packed path."""
-    if torch.is_grad_enabled():
-        return "grad mode is on"
+def mode_obstacle(x: Tensor, originals: Originals) -> str | None:
+    """What about the mode of this call on ``x`` keeps it from inference that stands for ``originals``."""
     if not is_eager(x):
         return "the call is traced or transformed"
     if not x.is_cpu:
         return f"the input is on {x.device}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
     if has_global_hooks():
         return "hooks for all modules are registered"
+    return autocast_obstacle() or originals.reason()
+
+
+def attention_obstacle(
+    configs: Iterable[PreTrainedConfig], eager_attention: Callable, *, is_causal: bool = False
+) -> str | None:
+    """What about the attention that any of ``configs`` asks for keeps a call from inference on fused operators: its
+    implementation, or that it is causal where it must not be."""
+    implementations = set()
+    for config in configs:
+        if not is_causal and any(getattr(config, name, False) for name in ("is_decoder", "is_causal")):
+            return "the attention is causal"
+        implementations.add(config._attn_implementation)
+        reason = implementation_obstacle(config, eager_attention)
+        if reason is not None:
+            return reason
+    if len(implementations) > 1:
+        return f"the attention implementations are {' and '.join(sorted(implementations))}"
     return None
-
-
-def attention_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
-    """What about the attention that ``config`` asks for keeps a call from the packed path."""
-    if any(getattr(config, name, False) for name in ("is_decoder", "is_causal")):
-        return "the attention is causal"
-    return implementation_obstacle(config, eager_attention)
 
 
 def implementation_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
@@ -83,8 +93,8 @@ def implementation_obstacle(config: PreTrainedConfig, eager_attention: Callable)
 class PackedBatch(NamedTuple):
     """A batch that is to go through ``layers`` without padding."""
 
+    layers: PreparedLayers
     packing: Packing
-    layers: list[extension.LayerWeights]
 
 
 def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
@@ -142,6 +152,8 @@ def key_mask_of(attention_mask: Tensor, batch_size: int, length: int) -> Tensor 
     return attended if (attended | (keys <= torch.finfo(keys.dtype).min)).all() else None
 
 
-def hides_first_position(key_mask: Tensor | None) -> bool:
-    """Whether a sequence that has tokens does not have one at position 0, where poolers read."""
-    return key_mask is not None and bool((key_mask.any(1) & ~key_mask[:, 0]).any())
+def hides_first_position(key_mask: Tensor, *, of_any_sequence: bool) -> bool:
+    """Whether a sequence does not have a token at position 0, where poolers and heads read: any, or one that has tokens
+    at all."""
+    hidden = ~key_mask[:, 0]
+    return bool((hidden if of_any_sequence else hidden & key_mask.any(1)).any())

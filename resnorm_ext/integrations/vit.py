@@ -14,19 +14,26 @@ from ..engine.encode import encode_pre_norm
 from ..engine.packing import equal_bounds
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
-from .pre_norm_layers import PreNormIntegration, weights_for_inference
+from .pre_norm_layers import PreNormIntegration, layer_for_inference
+from .replace import Replacement, original_forward
 
 
-class ViTLayer(modeling_vit.ViTLayer):
+class ViTLayer(Replacement, modeling_vit.ViTLayer):
     """The layer on fused operators."""
 
+    chooses_path = True
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        forward = original_forward(self, ViTLayer)
+        if forward is not None:
+            return forward(hidden_states, attention_mask, **kwargs)
         arguments = {"attention_mask": attention_mask, **kwargs}
-        weights = weights_for_inference(self, _KIND, self.attention.config, hidden_states, arguments)
-        if weights is not None:
+        prepared = layer_for_inference(self, _KIND, hidden_states, arguments)
+        if prepared is not None:
             batch, length, _ = hidden_states.shape
-            output = encode_pre_norm(hidden_states.flatten(0, 1), equal_bounds(batch, length), weights)
-            return output.view(hidden_states.shape)
+            tokens = prepared.tokens_of(hidden_states)
+            output = encode_pre_norm(tokens, equal_bounds(batch, length), prepared.layers[0])
+            return output.to(hidden_states.dtype).view(hidden_states.shape)
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         normed, hidden_states = add_then_norm(update, hidden_states, self.layernorm_after, self.dropout)
         return add(self.mlp(normed), hidden_states, self.dropout)
@@ -44,7 +51,7 @@ _KIND = LayerKind(
     }
     | dict.fromkeys(_LINEARS, (nn.Linear,)),
     attention="attention",
-    num_heads="num_attention_heads",
+    head_dim="head_dim",
     projections=_LINEARS[:3],
     attention_dropout=("attention", "attention_dropout"),
     attention_output="attention.o_proj",
@@ -57,4 +64,4 @@ _KIND = LayerKind(
     eager_attention=modeling_vit.eager_attention_forward,
 )
 
-INTEGRATION = PreNormIntegration(_KIND, ViTLayer, config_of=lambda layer: layer.attention.config)
+INTEGRATION = PreNormIntegration(_KIND, ViTLayer)

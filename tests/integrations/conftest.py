@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", minversion="5.2")
@@ -88,25 +88,17 @@ def assert_same_at_real_positions(actual, expected, batch, tolerance: float = 2e
     torch.testing.assert_close(actual[real], expected[real], rtol=tolerance, atol=tolerance)
 
 
-class _Shapes(TorchFunctionMode):
-    """Notes the shape of every tensor that an operator gives back to Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.seen.add(tuple(result.shape))
-        return result
+def shapes_read(function: Callable, operator: str = "") -> list[tuple[int, ...]]:
+    """The shapes of all tensors that the operators of this name, or all, read while ``function`` runs."""
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        function()
+    events = [event for event in profile.function_events if operator in ("", event.name)]
+    return [tuple(shape) for event in events for shape in event.input_shapes if shape]
 
 
 def square_masks(model, batch) -> set[tuple[int, ...]]:
-    """The shapes of all that a call of ``model`` on ``inputs`` makes of length by length."""
-    with _Shapes() as shapes:
-        model(**batch)
-    return {shape for shape in shapes.seen if shape[-2:] == (9, 9)}
+    """The shapes of all of length by length that a call of ``model`` on ``inputs`` reads."""
+    return {shape for shape in shapes_read(lambda: model(**batch)) if shape[-2:] == (9, 9)}
 
 
 @pytest.fixture
@@ -117,24 +109,16 @@ def path_of(caplog) -> Callable[..., str]:
         caplog.clear()
         with caplog.at_level(logging.DEBUG, logger="resnorm_ext"):
             function(*args, **kwargs)
-        messages = [r.getMessage() for r in caplog.records if r.name.endswith("packed_layers")]
-        (message,) = [message.partition(": ")[2] for message in messages]
-        return "packed" if message.startswith("packed") else message.removeprefix("original computation, because ")
+        (message,) = [record.getMessage().partition(": ")[2] for record in caplog.records]
+        return message.removeprefix("original, because ")
 
     return call
 
 
-@pytest.fixture
-def embedded(monkeypatch) -> list[int]:
-    """How many ids each call of ``F.embedding`` has been given so far."""
-    counts, embed = [], torch.nn.functional.embedding
-
-    def spy(ids, *args, **kwargs):
-        counts.append(ids.numel())
-        return embed(ids, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "embedding", spy)
-    return counts
+def ids_embedded(function: Callable) -> list[int]:
+    """How many ids each embedding is given while ``function`` runs."""
+    read = shapes_read(function, "aten::embedding")
+    return [math.prod(ids) for ids in read[1::2]]  # table, ids, table, ids
 
 
 @pytest.fixture(scope="session")

@@ -38,30 +38,38 @@ def test_masks(pair, path_of, mask, implementation):
     assert_same_at_real_positions(outputs[0].last_hidden_state, expected.last_hidden_state, batch)
     torch.testing.assert_close(outputs[0].pooler_output, expected.pooler_output, rtol=2e-5, atol=2e-5)
     if mask == "left":
-        assert way == "position 0 is hidden, and a pooler may read it"
+        assert way == "position 0 is hidden, as by padding on the left, and may be read"
     else:
         assert way == "packed"
         assert not outputs[0].last_hidden_state[~real_positions(batch)].any()
 
 
-def test_left_padding_is_packed_where_there_is_no_pooler(path_of):
+@pytest.mark.parametrize("padding", ["auto", "skip"])
+def test_position_0_is_computed_where_it_is_hidden(path_of, padding):
+    """Whoever reads there, as heads do, gets what the original gives."""
     model = transformers.BertModel(tiny_config(), add_pooling_layer=False).eval()
-    accelerated = accelerate(copy.deepcopy(model))
+    accelerated = accelerate(copy.deepcopy(model), padding=padding)
     batch = inputs("left")
-    assert path_of(accelerated, **batch) == "packed"
-    expected = model(**batch).last_hidden_state
-    assert_same_at_real_positions(accelerated(**batch).last_hidden_state, expected, batch)
+    assert path_of(accelerated, **batch) == "position 0 is hidden, as by padding on the left, and may be read"
+    outputs = [each(**batch).last_hidden_state for each in (accelerated, model)]
+    torch.testing.assert_close(*outputs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]])
-def test_fully_masked_sequences_are_zeros(pair, path_of, rows):
-    model, accelerated = pair
+@pytest.mark.parametrize("padding", ["auto", "skip"])
+def test_sequences_that_are_all_padding(tiny, path_of, rows, padding):
+    """Are computed, as heads read their position 0 too; or zeros, where that has been asked for."""
+    accelerated = accelerate(copy.deepcopy(tiny), padding=padding)
     batch = inputs("right")
     batch["attention_mask"][rows] = 0
-    assert path_of(accelerated, **batch) == "packed"
-    output = accelerated(**batch).last_hidden_state
-    assert not output[rows].any() and not output.isnan().any()
-    assert_same_at_real_positions(output, model(**batch).last_hidden_state, batch)
+    way = path_of(accelerated, **batch)
+    actual, expected = accelerated(**batch).last_hidden_state, tiny(**batch).last_hidden_state
+    if padding == "skip":
+        assert way == "packed" and not actual[rows].any()
+        assert_same_at_real_positions(actual, expected, batch)
+    else:
+        assert way == "position 0 is hidden, as by padding on the left, and may be read"
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])

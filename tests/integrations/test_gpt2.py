@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
 from resnorm_ext import functional
 from resnorm_ext.integrations import accelerate, report, restore
+from resnorm_ext.integrations import transformers as library
 
 from .gpt2_cases import MASKS, assert_same, batch_of, build
 
@@ -26,8 +29,10 @@ def attentions(monkeypatch) -> list[str]:
         return lambda *args, **kwargs: log.append(name) or function(*args, **kwargs)
 
     monkeypatch.setattr(functional, "packed_attention", logged("packed", functional.packed_attention))
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", logged("sdpa", sdpa))
+    # As transformers' own: another, or another function in torch, would be respected.
+    sdpa = logged("sdpa", sdpa_attention_forward)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa)
+    monkeypatch.setattr(library, "sdpa_attention_forward", sdpa)
     return log
 
 

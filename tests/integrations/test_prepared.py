@@ -35,7 +35,7 @@ def test_layers_are_prepared_once(pair):
     accelerated(**batch)
     layers = kept(accelerated).layers
     assert len(layers) == 2
-    assert not any(part is accelerated.encoder for part in kept(accelerated).modules)
+    assert not any(part is accelerated.encoder for part in kept(accelerated)._modules)
     for mask in ("none", "holes"):
         accelerated(**inputs(mask))
         assert kept(accelerated).layers is layers
@@ -75,6 +75,14 @@ def subclass_module(model):
 
 def override_forward(model):
     linear(model).forward = lambda x: nn.functional.linear(x, linear(model).weight) * 3
+
+
+def norm_over_more(model):
+    model.encoder.layer[0].output.LayerNorm = nn.LayerNorm((9, 32))
+
+
+def sparse_weight(model):
+    linear(model).weight = nn.Parameter(linear(model).weight.detach().to_sparse_csr(), requires_grad=False)
 
 
 def change_eps(model):
@@ -124,6 +132,8 @@ CHANGES = [
     replace_module,
     subclass_module,
     override_forward,
+    norm_over_more,
+    sparse_weight,
     change_eps,
     change_scale,
     change_activation,
@@ -197,30 +207,35 @@ def test_parameters_made_in_inference_mode_are_not_kept(pair):
         assert PREPARED not in accelerated.encoder.__dict__
 
 
+class Kept:
+    pass
+
+
 class TestModuleState:
     def test_is_of_objects_not_values(self):
         module = nn.Linear(2, 2)
         module.number = 1000
-        state = extension.module_state((module,))
-        assert extension.has_module_state((module,), state, object())
+        state = extension.module_state((module,), Kept)
+        assert extension.has_module_state((module,), state, Kept)
         module.number = int("1000")
-        assert not extension.has_module_state((module,), state, object())
+        assert not extension.has_module_state((module,), state, Kept)
 
-    def test_all_but_what_was_added_counts(self):
-        module, added = nn.Linear(2, 2), object()
-        state = extension.module_state((module,))
-        module.kept = added
-        assert extension.has_module_state((module,), state, added)
-        assert not extension.has_module_state((module,), state, object())
+    def test_all_but_what_is_kept_counts(self):
+        module = nn.Linear(2, 2)
+        state = extension.module_state((module,), Kept)
+        module.kept = type("Of", (Kept,), {})()
+        assert extension.has_module_state((module,), state, Kept)
+        module.other = object()
+        assert not extension.has_module_state((module,), state, Kept)
 
     def test_order_and_number_count(self):
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-        state = extension.module_state((first, second))
-        assert not extension.has_module_state((second, first), state, object())
-        assert not extension.has_module_state((first,), state, object())
-        assert not extension.has_module_state((first, second, nn.Linear(2, 2)), state, object())
-        assert extension.has_module_state((first, second), state, object())
+        state = extension.module_state((first, second), Kept)
+        assert not extension.has_module_state((second, first), state, Kept)
+        assert not extension.has_module_state((first,), state, Kept)
+        assert not extension.has_module_state((first, second, nn.Linear(2, 2)), state, Kept)
+        assert extension.has_module_state((first, second), state, Kept)
 
     def test_what_has_no_attributes_is_refused(self):
         with pytest.raises(AttributeError):
-            extension.module_state((object(),))
+            extension.module_state((object(),), Kept)
