@@ -34,6 +34,7 @@ bench: $(VENV)/built $(PEERS)/installed
 	$(BIN)/python benchmarks/bench_layers.py --output $(OUT)/layers.jsonl
 	$(BIN)/python benchmarks/bench_models.py --output $(OUT)/models.jsonl
 	$(BIN)/python benchmarks/bench_encoder.py --output $(OUT)/encoder.jsonl
+	$(BIN)/python benchmarks/bench_situations.py --output $(OUT)/situations.jsonl
 	PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_text.py --output $(OUT)/text.jsonl
 	$(BIN)/python benchmarks/report.py $(OUT)/norm.jsonl $(OUT)/activation.jsonl --output $(OUT)
 
