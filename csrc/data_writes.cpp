@@ -40,15 +40,13 @@ void note_alias(const at::TensorBase& alias) {
   if (!alias.is_cpu() || !alias.has_storage()) return;
   const auto* const storage = alias.storage().unsafeGetStorageImpl();
   const auto& version = alias.unsafeGetTensorImpl()->version_counter();
-  {
-    const std::shared_lock lock(watched_mutex);
-    const auto found = watched.find(storage);
-    if (found != watched.end()) {
-      found->second.aliases->add(version);
-      return;
-    }
+  const std::shared_lock lock(watched_mutex);  // until it is noted: or a watch that begins here would miss it
+  const auto found = watched.find(storage);
+  if (found != watched.end()) {
+    found->second.aliases->add(version);
+  } else if (version.enabled()) {
+    note_early(storage, version);
   }
-  if (version.enabled()) note_early(storage, version);
 }
 
 using Hooks = at::impl::VariableHooksInterface;
