@@ -3,10 +3,10 @@
 // leaves the translation unit.
 #pragma once
 
-#include "add_layer_norm.h"
 #include "bias_activation.h"
 #include "kernels.h"
-#include "layer_norm.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 #include "packed_attention.h"
 #include "packed_linear.h"
 #include "residual_add.h"
@@ -19,10 +19,8 @@ namespace resnorm::cpu::RESNORM_ISA {
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
     .isa = RESNORM_STRING(RESNORM_ISA),
-    .layer_norm_forward = layer_norm_forward,
-    .layer_norm_backward = layer_norm_backward,
-    .add_layer_norm_forward = add_layer_norm_forward,
-    .add_layer_norm_backward = add_layer_norm_backward,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
     .residual_add_forward = residual_add_forward,
     .residual_add_backward = residual_add_backward,
     .packed_attention = packed_attention,

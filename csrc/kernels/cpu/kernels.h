@@ -17,10 +17,8 @@ using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, RangeBody b
 // One instruction set's kernels.
 struct KernelTable {
   const char* isa;
-  void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
-  void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
-  void (*add_layer_norm_forward)(const AddLayerNormForward&, ParallelFor);
-  void (*add_layer_norm_backward)(const AddLayerNormBackward&, ParallelFor);
+  void (*norm_forward)(const NormForward&, ParallelFor);
+  void (*norm_backward)(const NormBackward&, ParallelFor);
   void (*residual_add_forward)(const ResidualAddForward&, ParallelFor);
   void (*residual_add_backward)(const ResidualAddBackward&, ParallelFor);
   void (*packed_attention)(const PackedAttention&, ParallelFor);
