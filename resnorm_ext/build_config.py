@@ -70,7 +70,7 @@ def isa_sources() -> list[str]:
 
 def torch_sources(*, cuda: bool) -> list[str]:
     """Operators, engine and bindings: everything that includes torch's headers."""
-    folders = (".", "engine", "ops", "ops/autograd", "ops/composite", "ops/cpu", *(("ops/cuda",) if cuda else ()))
+    folders = (".", "engine", "ops", "ops/support", "ops/cpu", *(("ops/cuda",) if cuda else ()))
     return [source for folder in folders for source in _glob(f"{folder}/*.cpp")]
 
 
