@@ -8,7 +8,7 @@ from torch import Tensor
 
 from resnorm_ext import reference
 
-from .cases import Case, Inputs, accumulation, eps_of, require_grad, to_double
+from .cases import EPS, Case, Inputs, accumulation, eps_of, require_grad, to_double
 
 
 def check_results(
@@ -42,9 +42,14 @@ def check_results(
     expected, errors = {"s": s}, {"s": error_of_s}
     if case.normalizes and s.numel():
         dims = tuple(range(-normalized_dims, 0))
-        # Without what the row has in common, which float64 rounds too and a constant row shows multiplied.
-        x = reference.layer_norm(s - s[(..., *[slice(1)] * normalized_dims)], s.shape[-normalized_dims:])
-        rstd = torch.rsqrt(s.var(dims, correction=0, keepdim=True) + 1e-5)
+        shape = s.shape[-normalized_dims:]
+        if case.centered:
+            # Without what the row has in common, which float64 rounds too and a constant row shows multiplied.
+            x = reference.layer_norm(s - s[(..., *[slice(1)] * normalized_dims)], shape)
+            rstd = torch.rsqrt(s.var(dims, correction=0, keepdim=True) + EPS)
+        else:
+            x = reference.rms_norm(s, shape, eps=EPS)
+            rstd = torch.rsqrt(s.square().mean(dims, keepdim=True) + EPS)
         error_of_x = 8 * eps * (1 + x.abs().amax(dims, keepdim=True)) + 2 * error_of_s.amax(dims, True) * rstd
         expected["y"] = x * weight + bias
         errors["y"] = error_of_x * weight.abs() + eps * bias.abs()
