@@ -69,7 +69,8 @@ def rms_norm(
     """``input / sqrt(mean of input**2 + eps) * weight`` over the trailing ``normalized_shape``.
 
     As ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019, "Root mean square layer normalization"). Squares are
-    summed in the accumulation type: float32 rows with elements beyond 1e19 give zeros, as torch's do.
+    summed in the accumulation type: a row whose squares add up beyond float32's range, 3e38, gives zeros, as torch's
+    does; elements of up to 1e17 are safe in rows of any length.
 
     Args:
         input: ``(*, *normalized_shape)``.
