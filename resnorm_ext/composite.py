@@ -24,7 +24,7 @@ def layer_norm(
 
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None) -> Tensor:
-    return _rms_norm(input, normalized_shape, weight, eps, input.dtype, input.dtype)
+    return _rms_norm(input, normalized_shape, weight, eps, input.dtype)
 
 
 def residual_add(
@@ -72,8 +72,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(y, s)`` whatever ``prenorm``."""
     total = _total(input, residual, input_bias, dropout_p, seed, residual_dtype)
-    dtype = _sum_dtype(input, residual, residual_dtype)
-    return _rms_norm(total, normalized_shape, weight, eps, input.dtype, dtype), _cast(total, dtype)
+    y = _rms_norm(total, normalized_shape, weight, eps, input.dtype)
+    return y, _cast(total, _sum_dtype(input, residual, residual_dtype))
 
 
 def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -120,11 +120,10 @@ def _rms_norm(
     weight: Tensor | None,
     eps: float | None,
     result_dtype: torch.dtype,
-    eps_dtype: torch.dtype,
 ) -> Tensor:
     """The same."""
     x, weight = _widened(x, weight)
-    y = F.rms_norm(x, normalized_shape, weight, torch.finfo(eps_dtype).eps if eps is None else eps)
+    y = F.rms_norm(x, normalized_shape, weight, eps)
     return y if x.dtype == result_dtype else y.to(result_dtype)
 
 

@@ -76,7 +76,8 @@ def rms_norm(
         input: ``(*, *normalized_shape)``.
         normalized_shape: the trailing dimensions that make up a row.
         weight: of ``normalized_shape``, in a dtype as for :func:`layer_norm`.
-        eps: added to the mean; ``torch.finfo(input.dtype).eps`` where None.
+        eps: added to the mean; where None the machine epsilon of the type that it is computed in, as torch's kernels
+            have it: float32's for half-precision inputs too.
         out: receives the result; may be ``input``. Not differentiable.
 
     Returns, Raises: as :func:`layer_norm`.
@@ -184,7 +185,8 @@ def add_rms_norm(
 
     Args:
         normalized_shape, weight: as for :func:`rms_norm`.
-        eps: added to the mean of the squares; that of the dtype of ``s`` where None.
+        eps: added to the mean of the squares; where None the machine epsilon of float32, of float64 where the input or
+            ``s`` is float64.
         input, residual, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out: as for
             :func:`add_layer_norm`.
 

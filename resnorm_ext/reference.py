@@ -40,7 +40,7 @@ def rms_norm(
 ) -> Tensor:
     """``input / sqrt(mean of input**2 + eps) * weight`` over the trailing dimensions (Zhang and Sennrich 2019)."""
     dims = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
     output = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
     return output if weight is None else output * weight
 

@@ -16,17 +16,10 @@ namespace {
 
 const OptionalTensor kAbsent;
 
-double epsilon_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return std::numeric_limits<double>::epsilon();
-    case at::kBFloat16:
-      return 0x1p-7;
-    case at::kHalf:
-      return 0x1p-10;
-    default:
-      return std::numeric_limits<float>::epsilon();
-  }
+double eps_or_default(std::optional<double> eps, const NormCall& call) {
+  if (eps.has_value()) return *eps;
+  return norm_accumulation_dtype(call) == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                      : std::numeric_limits<float>::epsilon();
 }
 
 void check_norm(const NormCall& call) {
@@ -79,7 +72,7 @@ NormCall norm_call(const Tensor& input, c10::SymIntArrayRef normalized_shape, co
                    std::optional<double> eps) {
   NormCall call = {input,   std::nullopt, kAbsent,           0.0, kAbsent, std::nullopt, normalized_shape, weight,
                    kAbsent, 0.0,          /*centered=*/false};
-  call.eps = eps.has_value() ? *eps : epsilon_of(norm_sum_dtype(call));
+  call.eps = eps_or_default(eps, call);
   return call;
 }
 
@@ -107,7 +100,7 @@ NormCall norm_call(const Tensor& input, const Tensor& residual, c10::SymIntArray
                    std::optional<at::ScalarType> residual_dtype) {
   NormCall call = {input,  residual, input_bias, dropout_p,          seed,   residual_dtype, normalized_shape,
                    weight, kAbsent,  0.0,        /*centered=*/false, prenorm};
-  call.eps = eps.has_value() ? *eps : epsilon_of(norm_sum_dtype(call));
+  call.eps = eps_or_default(eps, call);
   return call;
 }
 

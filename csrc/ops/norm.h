@@ -71,7 +71,7 @@ Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, con
 void layer_norm_out(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                     const OptionalTensor& bias, double eps, Tensor output);
 
-// eps is that of the input's dtype where not given; in add_rms_norm that of the sum's.
+// Where no eps is given it is the machine epsilon of the accumulation type, as in torch's kernels.
 Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps);
 void rms_norm_out(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,

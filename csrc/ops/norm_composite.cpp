@@ -42,14 +42,14 @@ NormalizedRows normalize_rows(const Tensor& sum, size_t row_dims, double eps, bo
 void norm_out(const NormCall& call, const Tensor& output, const OptionalTensor& sum) {
   norm_out_meta(call, output, sum);
   check_norm_overlap(call, output, sum);
-  const auto results = norm_forward(call);
+  const auto results = composite::norm_forward(call);
   output.copy_(results.output);
   if (sum.has_value()) sum->copy_(results.sum);
 }
 
 NormResults materialized_forward(const NormCall& call) {
   auto results = norm_forward_meta(call);
-  const auto computed = norm_forward(call);
+  const auto computed = composite::norm_forward(call);
   results.output.copy_(computed.output);
   if (results.sum.defined()) results.sum.copy_(computed.sum);
   if (results.mean.defined()) results.mean.copy_(computed.mean);

@@ -273,16 +273,13 @@ def test_other_dtypes_while_a_call_is_traced(dtype):
 
 
 MEAN, BIAS = torch.zeros(2, 3), torch.zeros(8)
-LAYER_NORM = {"grad_output": X, "input": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
-LAYER_NORM |= {"mean": MEAN, "rstd": MEAN, "eps": 1e-5, "output_mask": [True] * 3}
+NORM = {"grad_output": X, "grad_sum": X, "sum": X, "mean": MEAN, "rstd": MEAN, "input_bias": BIAS, "dropout_p": 0.0}
+NORM |= {"seed": None, "residual_dtype": torch.float32, "normalized_shape": [8], "weight": V, "bias": BIAS, "eps": 1e-5}
+NORM |= {"centered": True, "output_mask": [True] * 5}
 RESIDUAL_ADD = {"grad_output": X, "input_bias": BIAS, "dropout_p": 0.0, "seed": None, "input_dtype": torch.float32}
 RESIDUAL_ADD |= {"output_mask": [True] * 2}
-ADD_LAYER_NORM = {"grad_output": X, "grad_sum": X, "sum": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
-ADD_LAYER_NORM |= {"input_bias": BIAS, "mean": MEAN, "rstd": MEAN, "eps": 1e-5, "dropout_p": 0.0, "seed": None}
-ADD_LAYER_NORM |= {"residual_dtype": torch.float32, "output_mask": [True] * 5}
 BIAS_ACTIVATION = {"grad_output": X, "input": X, "bias": BIAS, "activation": "gelu", "output_mask": [True] * 2}
-BACKWARD = {"_layer_norm": LAYER_NORM, "_residual_add": RESIDUAL_ADD, "_add_layer_norm": ADD_LAYER_NORM}
-BACKWARD |= {"_bias_activation": BIAS_ACTIVATION}
+BACKWARD = {"_norm": NORM, "_residual_add": RESIDUAL_ADD, "_bias_activation": BIAS_ACTIVATION}
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["kernel", "formula"])
@@ -293,6 +290,8 @@ BACKWARD |= {"_bias_activation": BIAS_ACTIVATION}
         for change, expected, got in [
             ({"grad_output": X[:1]}, "[2, 3, 8]", "[1, 3, 8]"),
             ({"mean": MEAN[:1]}, "[2, 3]", "[1, 3]"),
+            ({"mean": None}, "a mean", "None"),
+            ({"centered": False}, "no mean", "one"),
             ({"rstd": MEAN.double()}, "Float", "Double"),
             ({"weight": V[:7]}, "[8]", "[7]"),
             ({"weight": None}, "weight", "None"),
