@@ -62,15 +62,6 @@ class _AddNorm:
         self.prenorm = prenorm
         self.residual_dtype = residual_dtype
 
-    def _add_options(self, input_bias: Tensor | None) -> dict[str, object]:
-        return {
-            "input_bias": input_bias,
-            "dropout_p": self.dropout_p,
-            "training": self.training,
-            "prenorm": self.prenorm,
-            "residual_dtype": self.residual_dtype,
-        }
-
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, dropout_p={self.dropout_p}, prenorm={self.prenorm}, "
@@ -125,8 +116,19 @@ class AddLayerNorm(_AddNorm, nn.LayerNorm):
             total = residual + F.dropout(update, self.dropout_p, self.training)
             output = F.layer_norm(total, self.normalized_shape, self.weight, self.bias, self.eps)
             return (output, total) if self.prenorm else output
-        norm = (self.normalized_shape, self.weight, self.bias, self.eps)
-        return functional.add_layer_norm(input, residual, *norm, **self._add_options(input_bias))
+        return functional.add_layer_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            input_bias=input_bias,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            prenorm=self.prenorm,
+            residual_dtype=self.residual_dtype,
+        )
 
 
 class AddRMSNorm(_AddNorm, nn.RMSNorm):
@@ -160,5 +162,15 @@ class AddRMSNorm(_AddNorm, nn.RMSNorm):
             total = residual + F.dropout(update, self.dropout_p, self.training)
             output = F.rms_norm(total, self.normalized_shape, self.weight, self.eps)
             return (output, total) if self.prenorm else output
-        norm = (self.normalized_shape, self.weight, self.eps)
-        return functional.add_rms_norm(input, residual, *norm, **self._add_options(input_bias))
+        return functional.add_rms_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            input_bias=input_bias,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            prenorm=self.prenorm,
+            residual_dtype=self.residual_dtype,
+        )
