@@ -12,6 +12,7 @@ from resnorm_ext import reference
 from resnorm_ext._extension import ensure_loaded
 
 from .cases import BIAS_ACTIVATION, CASES, DTYPES, EPS, SEED, Case, Inputs, eps_of
+from .exactness import Roundings
 
 DEVICE_WITHOUT_KERNELS = DispatchKeySet(DispatchKey.PrivateUse1)
 
@@ -49,7 +50,7 @@ def as_tuple(result) -> tuple[torch.Tensor, ...]:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, *taken_from: torch.dtype) -> None:
     """Within the rounding of the result's dtype and of those it was taken from."""
     assert actual.dtype == expected.dtype
-    tolerance = 16 * max(eps_of(dtype) for dtype in (expected.dtype, *taken_from))
+    tolerance = Roundings.OTHER_FORMULA * max(eps_of(dtype) for dtype in (expected.dtype, *taken_from))
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from resnorm_ext.functional import add_rms_norm, rms_norm
 
 from .cases import DTYPES, accumulation, eps_of
+from .exactness import Roundings
 
 
 @pytest.mark.parametrize("eps", [None, 1e-3], ids=str)
@@ -19,14 +20,15 @@ def test_eps(dtype, eps):
     x = (torch.randn(5, 40, dtype=torch.float64) * 1e-4).to(dtype)
     expected = F.rms_norm(x.double(), (40,), eps=eps_of(accumulation(dtype)) if eps is None else eps)
     for result in (rms_norm(x, (40,), eps=eps), F.rms_norm(x, (40,), eps=eps)):
-        torch.testing.assert_close(result.double(), expected, rtol=4 * eps_of(dtype), atol=0)
+        torch.testing.assert_close(result.double(), expected, rtol=Roundings.NORMALIZED * eps_of(dtype), atol=0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
 def test_default_eps_of_a_sum(dtypes):
     x, r = (torch.full((2, 64), 1e-9, dtype=dtype) for dtype in dtypes)
     y = add_rms_norm(x, r, (64,))
-    torch.testing.assert_close(y.double(), F.rms_norm(x + r, (64,)).double(), rtol=4 * eps_of(dtypes[0]), atol=0)
+    rtol = Roundings.NORMALIZED * eps_of(dtypes[0])
+    torch.testing.assert_close(y.double(), F.rms_norm(x + r, (64,)).double(), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)], ids=str)
