@@ -12,8 +12,7 @@ from .cases import EPS, Case, Inputs, accumulation, eps_of, require_grad, to_dou
 
 
 class Roundings:
-    """How many units of the last place a right result may be off, each with its reason. Faults that tests were tried with
-    (a row left out, an operand rounded before it is added, a mean of another row) are off by hundreds."""
+    """How many units in the last place a right result may be off, each with its reason."""
 
     ACTIVATED = 4  # a polynomial of float32 steps, bounded by its own test to 5.2e-7
     ADDED = 2  # three operands are added: two roundings
