@@ -18,6 +18,13 @@ LAYER_NORM_ORIGINALS = forwards(nn.LayerNorm) + Originals((F, "layer_norm"))
 RMS_NORM_ORIGINALS = forwards(nn.RMSNorm) + Originals((F, "rms_norm"))
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)``, but past ``nn.Module.__getattr__``, which takes as long as the norm of a short row.
+    What is parametrized, pruned or flattened is a plain attribute."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`: the same constructor, parameters and results, computed by ``functional.layer_norm``.
 
@@ -33,7 +40,8 @@ class LayerNorm(nn.LayerNorm):
             return self._torch_forward(input)
         if not isinstance(self, LayerNorm) or asks_for_original(input) or LAYER_NORM_ORIGINALS.reason() is not None:
             return run_original(nn.LayerNorm, self, input)
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -49,7 +57,7 @@ class RMSNorm(nn.RMSNorm):
             return self._torch_forward(x)
         if not isinstance(self, RMSNorm) or asks_for_original(x) or RMS_NORM_ORIGINALS.reason() is not None:
             return run_original(nn.RMSNorm, self, x)
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, _parameter(self, "weight"), self.eps)
 
 
 class _AddNorm:
