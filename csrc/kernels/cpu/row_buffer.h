@@ -76,12 +76,11 @@ class RowReader {
     return converted(row, slot);
   }
 
-  // How far ahead of a row at work a sweep that reads from the caches prefetches, where rows go by groups of `rows`. A
-  // core has a few loads from memory under way at a time, and the hardware's own prefetching stops at every page. Short
-  // rows are done before memory has answered, so it is not the next group that is fetched but one kPrefetchedBytes on.
-  // Where the first cache does not hold the next rows beside those at work, it is the row itself, which is there already.
+  // How far from a row that is `rows` on, which a sweep that reads from the caches prefetches. A core has a few loads
+  // from memory under way at a time, and the hardware's own prefetching stops at every page. Where the first cache does
+  // not hold the next rows beside those at work, it is the row itself, which is there already.
   RESNORM_INLINE std::int64_t distance_to_next(int rows) const {
-    return buffer_ == nullptr && fits_ ? groups_ahead_ * rows * rows_.row_stride : 0;
+    return buffer_ == nullptr && fits_ ? rows * rows_.row_stride : 0;
   }
 
   RESNORM_INLINE const T* next(std::int64_t row, int rows) const {
@@ -102,8 +101,6 @@ class RowReader {
   ConstRows rows_;
   std::int64_t cols_;
   bool fits_ = cols_ <= static_cast<std::int64_t>(4096 / sizeof(T));
-  std::int64_t groups_ahead_ =
-      1 + kPrefetchedBytes / (kRowsPerGroup * static_cast<std::int64_t>(sizeof(T)) * cols_ + 1);
   T* buffer_ = nullptr;
 };
 

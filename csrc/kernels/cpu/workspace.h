@@ -18,9 +18,6 @@ inline constexpr int kRowsPerGroup = 2;
 // constant, as systems report that cache wrongly to guests.
 inline constexpr std::int64_t kStreamedBytes = 16 * 1024 * 1024;
 
-// What a sweep from the caches takes longer for than memory takes to answer.
-inline constexpr std::int64_t kPrefetchedBytes = 4096;
-
 inline constexpr std::size_t kLineBytes = 64;
 
 // Memory of the calling thread, of `bytes` bytes at least and aligned to lines, that lives on for its next task: rows
