@@ -80,6 +80,13 @@ inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops
 // 128 registers a thread; 168 where rows are shifted, whose bounds take some of them.
 inline constexpr int kBackwardThreads = 512, kShiftedBackwardThreads = 384, kBackwardStages = 2;
 
+// Sums that are taken over a row, and those over the columns: of the weight's gradient, where the norm is centered the
+// bias's, and last the input bias's.
+RESNORM_HOST_DEVICE constexpr int backward_row_sums(bool centered) { return centered ? 3 : 1; }
+RESNORM_HOST_DEVICE constexpr int backward_column_sums(bool centered, bool input_bias) {
+  return (centered ? 2 : 1) + (input_bias ? 1 : 0);
+}
+
 // What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;
 
