@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../host_device.h"
 
 namespace resnorm::cuda {
@@ -21,6 +22,15 @@ struct Plan {
 
   int groups() const { return threads / row_threads; }  // of threads that share a row
 };
+
+// Whether kernels of their own are compiled for these types of a branch (input and output) and of the residual stream
+// before and after: the branch's, float32 beside a half-precision branch, or one that becomes float32 here.
+constexpr bool has_kernels(DType branch, DType residual, DType sum) {
+  if (branch == DType::kFloat64) return false;
+  const bool same = residual == branch && sum == branch;
+  return same ||
+         (sum == DType::kFloat32 && branch != DType::kFloat32 && (residual == DType::kFloat32 || residual == branch));
+}
 
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kMaxCluster = 8;

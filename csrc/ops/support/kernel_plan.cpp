@@ -6,6 +6,8 @@
 #include <limits>
 #include <sstream>
 
+#include "operands.h"
+
 namespace resnorm {
 
 std::string describe(const cuda::Plan& plan) {
@@ -25,8 +27,8 @@ cuda::Plan kernel_plan(const std::string& pass, int64_t cols, at::ScalarType dty
   const auto bytes = static_cast<int>(c10::elementSize(dtype));
   const auto stream_bytes = residual_dtype.has_value() ? static_cast<int>(c10::elementSize(*residual_dtype)) : 0;
   const bool shifted = !aligned || cols % (cuda::kVectorBytes / bytes) != 0;
-  const bool has_kernels = (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) &&
-                           (!residual_dtype.has_value() || *residual_dtype == dtype || *residual_dtype == at::kFloat);
+  const auto branch = kernel_dtype(dtype), residual = kernel_dtype(residual_dtype.value_or(dtype));
+  const bool has_kernels = cuda::has_kernels(branch, residual, residual);
   if (pass == "residual_add") {
     return has_kernels
                ? cuda::elementwise_plan(cols, bytes, shifted, cuda::kElementwiseThreads, cuda::kElementwiseItems)
