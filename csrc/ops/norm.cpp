@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "norm.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>
 
 #include "norm_operators.h"
+#include "support/autocast.h"
 #include "support/overlap.h"
 
 namespace resnorm {
@@ -43,7 +43,7 @@ void check_norm(const NormCall& call) {
 template <class Argument>
 Argument to_float(const Argument& argument) {
   if constexpr (std::is_same_v<Argument, Tensor> || std::is_same_v<Argument, OptionalTensor>) {
-    return at::autocast::cached_cast(at::kFloat, argument, at::kCUDA);
+    return autocast_to(at::kFloat, argument, at::kCUDA);
   } else {
     return argument;
   }
