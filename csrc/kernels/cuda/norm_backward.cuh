@@ -215,8 +215,12 @@ norm_backward(const NormBackwardArguments a) {
         for (int k = 0; k < kVector; ++k) {
           const float normalized = (x[k] - delta) * rstd;
           sums[0][i][k] += gradient[k] * normalized;
-          if constexpr (kCentered) sums[1][i][k] += gradient[k];
-          result[k] += (weighted[k] - mean_g - normalized * mean_gn) * rstd;
+          if constexpr (kCentered) {
+            sums[1][i][k] += gradient[k];
+            result[k] += (weighted[k] - mean_g - normalized * mean_gn) * rstd;
+          } else {  // grouped so, nothing spills on sm_100
+            result[k] += weighted[k] * rstd - normalized * (mean_gn * rstd);
+          }
         }
         if (kAdds && a.grad_residual != nullptr) {
           auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
