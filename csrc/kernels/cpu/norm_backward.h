@@ -198,7 +198,7 @@ void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
     Acc* scratch[kSums];
     for (Acc*& sum : scratch) sum = buffers.take<Acc>(a.cols);
     const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[kSums]) {
-      for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+      for_each_group<Acc>(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
         const auto group = operands.template group<count>(first);
         NormBackwardTerms<Acc> terms[count];
         norm_backward_sums<kCentered>(group, a.cols, weight, terms);

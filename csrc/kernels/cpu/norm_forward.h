@@ -22,7 +22,7 @@ void norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = kCentered ? vector_or(a.bias, Acc(0), a.cols, buffers) : nullptr;
   const bool stream = a.output.data != a.input.data && output.may_stream(a.rows, 2);
-  for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
+  for_each_group<Acc>(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
     const T *inputs[kRows], *next[kRows];
     T* outputs[kRows];
@@ -65,7 +65,7 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
   const bool writes_sum = a.sum.data != nullptr && !in_place;
   const bool stream = apart(a.output) && output.may_stream(a.rows, matrices) && (streams_sum || !writes_sum);
   Acc* buffer = in_place ? nullptr : buffers.take<Acc>(kRowsPerGroup * a.cols);
-  for_each_group(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
+  for_each_group<Acc>(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
     Acc* unrounded[kRows];
     Sum* sum_rows[kRows];

@@ -28,10 +28,13 @@ inline void parallel_rows(ParallelFor parallel_for, std::int64_t rows, std::int6
   parallel(parallel_for, rows, (kElementsPerTask + cols - 1) / cols, body);
 }
 
-// body(row, Index<kRows>) for groups of rows: whole ones, then single rows.
-template <class Body>
+// body(row, Index<kRows>) for groups of rows: whole ones, then single rows. Rows of doubles, which are rare, go one by
+// one, and loops for more of them are not compiled.
+template <class Acc, class Body>
 RESNORM_INLINE void for_each_group(std::int64_t begin, std::int64_t end, const Body& body) {
-  for (; begin + kRowsPerGroup <= end; begin += kRowsPerGroup) body(begin, Index<kRowsPerGroup>{});
+  if constexpr (!kSame<Acc, double>) {
+    for (; begin + kRowsPerGroup <= end; begin += kRowsPerGroup) body(begin, Index<kRowsPerGroup>{});
+  }
   for (; begin < end; ++begin) body(begin, Index<1>{});
 }
 

@@ -64,7 +64,7 @@ void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel
     const bool stream = grad_input.may_stream(a.rows, 2);
     with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[1]) {
-        for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
+        for_each_group<Acc>(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
           const Stream* from[count];
           const std::uint16_t* draws[count];
           Input* to[count];

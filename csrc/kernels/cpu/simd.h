@@ -114,11 +114,9 @@ RESNORM_INLINE void for_each_vector(std::int64_t cols, const Body& body) {
   for (; i + kSlots * kSize <= cols; i += kSlots * kSize) {
     unrolled<kSlots>([&](auto slot) RESNORM_INLINE_LAMBDA { body(i + slot * kSize, slot, AllLanes{}); });
   }
-  if constexpr (kSlots > 1) {
-    for (; i + kSize <= cols; i += kSize) body(i, Index<0>{}, AllLanes{});
-  }
-  if constexpr (kSize > 1) {
-    if (i < cols) body(i, Index<0>{}, FirstLanes{static_cast<int>(cols - i)});
+  // By lanes where a whole vector is left, too: it is one, and a loop more takes longer to compile than it saves.
+  for (; i < cols; i += kSize) {
+    body(i, Index<0>{}, FirstLanes{static_cast<int>(cols - i < kSize ? cols - i : kSize)});
   }
 }
 
