@@ -79,7 +79,6 @@ $(PEERS)/installed: $(VENV)/installed requirements/bench.txt requirements/zentor
 	$(BIN)/python -m pip install --upgrade --target $(PEERS) --no-deps -r requirements/zentorch.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f) \
-		resnorm_ext/build_config.py resnorm_ext/_build.py resnorm_ext/_library.py resnorm_ext/_toolchain.py
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc resnorm_ext/build -type f -not -name '*.pyc')
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	touch $@

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 # --no-build-isolation takes the setuptools that is there, whatever pyproject.toml asks for.
@@ -24,21 +23,10 @@ ROOT = Path(__file__).resolve().parent
 
 # The package's own build modules under another name: importing resnorm_ext itself would need what is being built.
 _build_modules = types.ModuleType("resnorm_build")
-_build_modules.__path__ = [str(ROOT / "resnorm_ext")]
+_build_modules.__path__ = [str(ROOT / "resnorm_ext" / "build")]
 sys.modules["resnorm_build"] = _build_modules
-from resnorm_build import _toolchain, build_config  # noqa: E402
-
-try:
-    from resnorm_build._build import BuildExtension
-except ImportError as error:
-    import_error = error
-
-    class BuildExtension(build_ext):
-        """Stands in where there is no torch, which a source distribution does not need."""
-
-        def run(self) -> None:
-            _toolchain.detect()  # says what to type where torch is what is missing
-            raise import_error
+from resnorm_build import config, toolchain  # noqa: E402
+from resnorm_build.compile import BuildExtension  # noqa: E402
 
 
 class BuildPython(build_py):
@@ -55,11 +43,11 @@ class BuildPython(build_py):
 def version() -> str:
     """Names a built package by what it is built for (0.1.0+cu130.torch2.14); a source distribution is for all."""
     if "sdist" in sys.argv:
-        return build_config.VERSION
+        return config.VERSION
     try:
-        return f"{build_config.VERSION}+{_toolchain.detect().local_version}"
-    except _toolchain.BuildError:
-        return build_config.VERSION  # build_ext will raise it, where it is seen
+        return f"{config.VERSION}+{toolchain.detect().local_version}"
+    except toolchain.BuildError:
+        return config.VERSION  # build_ext will raise it, where it is seen
 
 
 setup(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 from resnorm_ext.info import cpu
 
 # A fresh output of a few MB costs more in page faults than the kernel that fills it, and which call pays depends on

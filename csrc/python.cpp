@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The module resnorm_ext._C: eager entry points into the operators, and what this library was built with.
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/python.h>
 #include <torch/version.h>
 
 #include <algorithm>

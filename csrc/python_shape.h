@@ -6,7 +6,6 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_symnode.h>
-#include <torch/python.h>
 
 #include <type_traits>
 

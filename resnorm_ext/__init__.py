@@ -6,8 +6,8 @@ what was replaced. ``functional`` holds the operators, the modules below have to
 """
 
 from . import functional
-from ._extension import load_if_built
-from .build_config import VERSION as __version__
+from .build.config import VERSION as __version__
+from .build.extension import load_if_built
 from .engine.workspace import free_workspaces
 from .integrations import accelerate, refresh, report, restore
 from .integrations.quantization import register_for_quantization

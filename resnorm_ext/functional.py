@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import has_torch_function_variadic
 
 from . import composite, sharding
-from ._extension import assume_constant_result, ensure_loaded, extension
+from .build.extension import assume_constant_result, ensure_loaded, extension
 from .recording import is_exported
 
 

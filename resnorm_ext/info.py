@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from . import _extension, build_config, jit
+from .build import config, jit
+from .build import extension as extensions
 
 _SETTINGS = ("RESNORM_CPU_ISA", "RESNORM_JIT", "RESNORM_CACHE_DIR", "RESNORM_CUDA", "RESNORM_LINEAR")
 
@@ -22,7 +23,7 @@ _SETTINGS = ("RESNORM_CPU_ISA", "RESNORM_JIT", "RESNORM_CACHE_DIR", "RESNORM_CUD
 def collect() -> dict[str, object]:
     """The whole report. A part that cannot be found out is ``{"error": why}``."""
     return {
-        "version": build_config.VERSION,
+        "version": config.VERSION,
         "extension": _guarded(extension),
         "kernels": _guarded(kernels),
         "cpu": _guarded(cpu),
@@ -35,12 +36,12 @@ def collect() -> dict[str, object]:
 def extension() -> dict[str, object]:
     """How and with what the extension was built; one that is not there yet is not compiled for this."""
     if (library := _find()) is None:
-        return {"built": "no" if _extension.jit_choice() == "0" else "not yet: the first call compiles it"}
-    info = _extension.read_info(library)
-    report = {"built": "ahead of time" if library == _extension.find_built() else "at first use", "path": str(library)}
+        return {"built": "no" if extensions.jit_choice() == "0" else "not yet: the first call compiles it"}
+    info = extensions.read_info(library)
+    report = {"built": "ahead of time" if library == extensions.find_built() else "at first use", "path": str(library)}
     report |= {key: value for key, value in info.items() if key not in ("sources", "version")}
-    if build_config.source_hash() != info["sources"]:
-        report["stale"] = f"csrc has changed since. {_extension.how_to_build()}"
+    if config.source_hash() != info["sources"]:
+        report["stale"] = f"csrc has changed since. {extensions.how_to_build()}"
     return report
 
 
@@ -48,7 +49,7 @@ def kernels() -> dict[str, object]:
     """Instruction sets whose kernels can run here, the one whose kernels do, and what multiplies in linear layers."""
     if _find() is None:
         return {"in_use": None}
-    module = _extension.load_extension()
+    module = extensions.load_extension()
     from .engine.linear import available_backends  # which needs the extension
 
     backends = available_backends(torch.float32)
@@ -62,14 +63,12 @@ def kernels() -> dict[str, object]:
 
 def cpu() -> dict[str, object]:
     """The processor and those of its features that kernels are built for."""
-    text = Path("/proc/cpuinfo").read_text()
-    model, flags = (re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE) for name in ("model name", "flags"))
-    present = {flag.replace("_", "") for flag in flags[1].split()} if flags else set()
-    wanted = {flag[2:]: None for flags in build_config.ISA_FLAGS.values() for flag in flags if "=" not in flag}
+    model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    used = set().union(*map(config.features_of, config.ISA_FLAGS))
     return {
         "model": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "features": [feature for feature in wanted if feature in present],
+        "features": sorted(used & config.cpu_features()),
     }
 
 
@@ -107,10 +106,10 @@ def main(arguments: list[str]) -> int:
 
 def _find() -> Path | None:
     """The library that is loaded, or would be loaded without compiling anything."""
-    if module := _extension.loaded():
+    if module := extensions.loaded():
         return Path(module.__file__)
-    choice = _extension.jit_choice()
-    built = _extension.find_built() if choice != "1" else None
+    choice = extensions.jit_choice()
+    built = extensions.find_built() if choice != "1" else None
     return built or (jit.find_cached() if choice != "0" else None)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Proxy
 
-from ._extension import assume_constant_result
+from .build.extension import assume_constant_result
 
 
 def is_symbolic(*arguments: object) -> bool:

@@ -14,7 +14,7 @@ from functools import cache, partial
 
 import torch
 
-from ._extension import ensure_loaded
+from .build.extension import ensure_loaded
 
 _log = logging.getLogger(__name__)
 

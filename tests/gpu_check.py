@@ -24,12 +24,12 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # In a process of its own, because whoever asks torch about the card may keep memory on it.
 PROBE = """
 import json, torch
-from resnorm_ext import _toolchain
+from resnorm_ext.build import toolchain
 machine = {"torch": str(torch.__version__), "cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
 if torch.cuda.is_available():
     machine["gpu"] = torch.cuda.get_device_name()
     machine["architecture"] = ".".join(map(str, torch.cuda.get_device_capability()))
-    machine["toolkit"], machine["no_toolkit"] = (str(found or "") for found in _toolchain.find_toolkit())
+    machine["toolkit"], machine["no_toolkit"] = (str(found or "") for found in toolchain.find_toolkit())
 print(json.dumps(machine))
 """
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from resnorm_ext import _toolchain, build_config
+from resnorm_ext.build import config, toolchain
 
 
 class Resources(NamedTuple):
@@ -23,7 +23,7 @@ class Resources(NamedTuple):
 
 @pytest.fixture(scope="module")
 def nvcc(tmp_path_factory):
-    toolkit, reason = _toolchain.find_toolkit()
+    toolkit, reason = toolchain.find_toolkit()
     if toolkit is None:
         pytest.skip(reason)
     return toolkit / "bin" / "nvcc"
@@ -33,14 +33,14 @@ def nvcc(tmp_path_factory):
 def resources(nvcc, tmp_path_factory) -> dict[tuple[str, str], list[Resources]]:
     """Of every kernel, by source and architecture."""
     folder = tmp_path_factory.mktemp("cubins")
-    units = [(source, arch) for source in build_config.cuda_sources() for arch in build_config.CUDA_ARCHITECTURES]
+    units = [(unit.source, arch) for unit in config.cuda_units() for arch in config.CUDA_ARCHITECTURES]
 
     def compile_unit(unit: tuple[str, str]) -> list[Resources]:
         source, architecture = unit
         number = architecture.replace(".", "")
-        flags = [flag for flag in build_config.NVCC_FLAGS if not flag.startswith("-Xcompiler")]
+        flags = [flag for flag in config.NVCC_FLAGS if not flag.startswith("-Xcompiler")]
         target = [f"-arch=sm_{number}", "-cubin", "-Xptxas=-v", "-o", folder / f"{source.replace('/', '-')}.{number}"]
-        command = [nvcc, *flags, *target, build_config.CSRC / source]
+        command = [nvcc, *flags, *target, config.CSRC / source]
         report = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
         pattern = (
             r"Compiling entry function '(\w+)'"
@@ -52,7 +52,7 @@ def resources(nvcc, tmp_path_factory) -> dict[tuple[str, str], list[Resources]]:
             for kernel, stack, spilled, registers in re.findall(pattern, report, re.DOTALL)
         ]
 
-    with ThreadPoolExecutor(_toolchain.max_jobs()) as pool:
+    with ThreadPoolExecutor(toolchain.max_jobs()) as pool:
         return dict(zip(units, pool.map(compile_unit, units), strict=True))
 
 

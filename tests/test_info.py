@@ -41,7 +41,7 @@ def test_does_not_compile(project: Project):
 
 
 def test_finds_what_the_jit_has_compiled(project: Project):
-    assert project.run("-c", "from resnorm_ext import jit; jit.load()").returncode == 0
+    assert project.run("-c", "from resnorm_ext.build import jit; jit.compiled_library()").returncode == 0
     assert info(project)["extension"]["built"] == "at first use"
 
 

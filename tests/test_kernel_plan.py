@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from resnorm_ext import functional
-from resnorm_ext._extension import ensure_loaded
+from resnorm_ext.build.extension import ensure_loaded
 
 LENGTHS = {
     "one": (7,),

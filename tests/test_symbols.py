@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from resnorm_ext import _extension
+from resnorm_ext.build.extension import load_extension
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instruction sets")
 
@@ -28,7 +28,7 @@ Instructions = dict[str, set[str]]  # of each function
 def vector_instructions() -> Instructions:
     if shutil.which("objdump") is None:
         pytest.skip("no objdump (Debian, Ubuntu: apt install binutils)")
-    library = Path(_extension.load_extension().__file__)
+    library = Path(load_extension().__file__)
     command = ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", str(library)]
     found, function = defaultdict(set), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -68,10 +68,12 @@ class Project:
         self.package.mkdir()
         for module in (ROOT / "resnorm_ext").glob("*.py"):
             shutil.copy(module, self.package / module.name)
+        shutil.copytree(ROOT / "resnorm_ext" / "build", self.package / "build")
         (self.package / "__init__.py").write_text("")
         self.source = root / "csrc" / "python.cpp"
         self.source.parent.mkdir()
         self.source.write_text(_TINY_MODULE)
+        (self.source.parent / "torch_headers.h").write_text("#include <cstdint>\n")
         self.stubs = root / "stubs"
         (self.stubs / "torch" / "utils").mkdir(parents=True)
         (self.stubs / "torch" / "__init__.py").write_text(_TORCH_STUB)

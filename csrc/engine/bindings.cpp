@@ -2,8 +2,8 @@
 #include "bindings.h"
 
 #include <pybind11/functional.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/python.h>
 
 #include "encode.h"
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Autocast, as torch treats layer_norm: on CUDA it runs in float32; on the CPU autocast leaves it alone, and so nothing
 // is registered there. residual_add follows plain type promotion, as torch's addition does.
+#include "autocast.h"
+
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -13,7 +15,7 @@ namespace {
 
 template <typename TensorOrOptional>
 TensorOrOptional to_float(const TensorOrOptional& tensor) {
-  return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA);
+  return autocast_to(at::kFloat, tensor, at::kCUDA);
 }
 
 Tensor layer_norm_autocast(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -34,6 +36,16 @@ std::tuple<Tensor, Tensor> add_layer_norm_autocast(const Tensor& input, const Te
 }
 
 }  // namespace
+
+at::ScalarType autocast_dtype(at::DeviceType device) { return at::autocast::get_autocast_dtype(device); }
+
+Tensor autocast_to(at::ScalarType dtype, const Tensor& tensor, at::DeviceType device) {
+  return at::autocast::cached_cast(dtype, tensor, device);
+}
+
+OptionalTensor autocast_to(at::ScalarType dtype, const OptionalTensor& tensor, at::DeviceType device) {
+  return at::autocast::cached_cast(dtype, tensor, device);
+}
 
 TORCH_LIBRARY_IMPL(resnorm, AutocastCUDA, m) {
   m.impl("layer_norm", layer_norm_autocast);

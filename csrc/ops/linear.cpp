@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "linear.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "operator_handle.h"
 
 namespace resnorm {
@@ -28,9 +28,7 @@ template <c10::DeviceType device, c10::DispatchKey key>
 Tensor linear_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                        c10::string_view activation, const OptionalTensor& residual) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const auto cast = [](const auto& tensor) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
-  };
+  const auto cast = [](const auto& tensor) { return autocast_to(autocast_dtype(device), tensor, device); };
   return linear(cast(input), cast(weight), cast(bias), activation, residual);
 }
 

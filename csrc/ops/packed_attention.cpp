@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "packed_attention.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "operator_handle.h"
 
 namespace resnorm {
@@ -25,8 +25,7 @@ template <c10::DeviceType device, c10::DispatchKey key>
 Tensor packed_attention_autocast(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
                                  std::optional<double> scale, bool causal) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return packed_attention(at::autocast::cached_cast(dtype, qkv, device), cu_seqlens, std::move(max_seqlen), scale,
+  return packed_attention(autocast_to(autocast_dtype(device), qkv, device), cu_seqlens, std::move(max_seqlen), scale,
                           causal);
 }
 

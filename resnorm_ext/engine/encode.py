@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._extension import extension
+from ..build.extension import extension
 
 # How many rows go through the layers at once: what is written for them stays in the caches. Memory for as many is kept
 # by every thread that runs layers.

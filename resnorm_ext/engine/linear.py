@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._extension import extension
+from ..build.extension import extension
 
 
 class LinearShape(NamedTuple):

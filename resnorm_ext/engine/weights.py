@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .._extension import extension
+from ..build.extension import extension
 
 _generation = 0
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .._extension import ensure_loaded, extension
+from ..build.extension import ensure_loaded, extension
 
 
 def free_workspaces() -> int:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .._extension import ensure_loaded
+from ..build.extension import ensure_loaded
 from ..engine.linear import LinearShape, choose_backends
 from ..engine.weights import forget_all_weights
 from ..modules.calls import Model

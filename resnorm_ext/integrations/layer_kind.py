@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .._extension import extension
+from ..build.extension import extension
 from ..engine.encode import prepare_norm
 from ..engine.linear import LinearShape, choose_backends, prepare_linear, product_dtype
 from ..modules.eligibility import activation_name, products_under_autocast

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .._extension import extension
+from ..build.extension import extension
 from ..engine.linear import LinearShape
 from ..engine.weights import WeightState
 from ..modules.eligibility import autocasts, grad_reason

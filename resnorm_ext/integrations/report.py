@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .._extension import extension
+from ..build.extension import extension
 from ..engine.linear import LinearShape, product_dtype
 from ..modules.calls import calls_of
 from ..modules.padding import PaddingChoice

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._extension import extension
+from ..build.extension import extension
 from ..engine.encode import encode_post_norm, encode_pre_norm, prepare_norm
 from ..engine.linear import product_dtype
 from ..engine.packing import check_sequences

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._extension import extension
+from ..build.extension import extension
 from ..engine.linear import LinearShape, choose_backends, prepare_linear
 from ..engine.weights import WeightState
 from .eligibility import autocasts, is_cpu_inference

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._device import DeviceContext
 
-from .._extension import extension
+from ..build.extension import extension
 
 Place = tuple[ModuleType | type, str]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnorm_ext._extension import ensure_loaded, extension
+from resnorm_ext.build.extension import ensure_loaded, extension
 from resnorm_ext.engine import encode
 from resnorm_ext.engine.linear import prepare_linear
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnorm_ext import functional
-from resnorm_ext._extension import extension, load_extension
+from resnorm_ext.build.extension import extension, load_extension
 from resnorm_ext.engine import linear as engine
 from resnorm_ext.engine.linear import LinearShape, choose_backends, prepare_linear, product_dtype
 from resnorm_ext.engine.weights import forget_all_weights
@@ -443,7 +443,7 @@ class TestChoice:
     def test_environment_variable(self):
         program = """if True:
             import torch
-            from resnorm_ext._extension import extension
+            from resnorm_ext.build.extension import extension
             from resnorm_ext.engine import linear
             linear._times = lambda *_: 1 / 0
             shape = linear.LinearShape(torch.float32, 48, 56)

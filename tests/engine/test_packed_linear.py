@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnorm_ext._extension import ensure_loaded, extension
+from resnorm_ext.build.extension import ensure_loaded, extension
 from resnorm_ext.engine.linear import prepare_linear
 
 from .linear_cases import ACTIVATIONS, IN, OUT, ROWS, operands, reference

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import resnorm_ext
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 from resnorm_ext.engine.encode import MAX_ROWS, encode_post_norm
 from resnorm_ext.functional import add_layer_norm, packed_attention
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 from resnorm_ext.engine import encode
 from resnorm_ext.integrations import accelerate, report
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 from resnorm_ext.integrations import accelerate, refresh, restore
 from resnorm_ext.integrations.replace import PREPARED
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import resnorm_ext.modules as rn
-from resnorm_ext._extension import extension, load_extension
+from resnorm_ext.build.extension import extension, load_extension
 from resnorm_ext.engine.linear import LinearShape
 from resnorm_ext.modules import linear
 

@@ -9,7 +9,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 
 from resnorm_ext import reference
-from resnorm_ext._extension import ensure_loaded
+from resnorm_ext.build.extension import ensure_loaded
 
 from .cases import BIAS_ACTIVATION, CASES, DTYPES, SEED, Case, Inputs, eps_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resnorm_ext._extension import extension
+from resnorm_ext.build.extension import extension
 
 OPERATOR_TESTS = Path(__file__).parent
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
@@ -29,7 +29,7 @@ def run_python(*arguments: str, isa: str) -> subprocess.CompletedProcess:
 
 
 def isa_in(isa: str) -> subprocess.CompletedProcess:
-    return run_python("-c", "from resnorm_ext._extension import extension; print(extension.cpu_isa())", isa=isa)
+    return run_python("-c", "from resnorm_ext.build.extension import extension; print(extension.cpu_isa())", isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)

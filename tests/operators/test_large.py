@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resnorm_ext import reference
-from resnorm_ext._extension import ensure_loaded
+from resnorm_ext.build.extension import ensure_loaded
 from resnorm_ext.functional import add_layer_norm, layer_norm
 
 FAR = 2**31 + 3  # elements between rows

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnorm_ext import _extension
-from resnorm_ext._extension import ensure_loaded
+from resnorm_ext.build.extension import ensure_loaded, extension, load_extension, read_info
 
 from .cases import CASES, DTYPES, FULL_CASES, SEED, require_grad
 
@@ -116,9 +115,9 @@ def test_every_operator_has_its_samples_here():
 
 @pytest.mark.smoke
 def test_cuda_kernels_are_registered_exactly_where_they_were_built():
-    library = Path(_extension.load_extension().__file__)
-    built = _extension.read_info(library)["cuda"] is not None
-    assert built == (_extension.extension.build_info()["cuda"] is not None)
+    library = Path(load_extension().__file__)
+    built = read_info(library)["cuda"] is not None
+    assert built == (extension.build_info()["cuda"] is not None)
     norms = [
         (norm, f"{norm}_out", f"_{norm}_forward", f"_{norm}_backward") for norm in ("layer_norm", "add_layer_norm")
     ]

@@ -14,22 +14,46 @@ namespace resnorm::cpu {
 using RangeBody = void (*)(const void* context, std::int64_t begin, std::int64_t end);
 using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, RangeBody body, const void* context);
 
-// One instruction set's kernels.
-struct KernelTable {
-  const char* isa;
+// One instruction set's kernels, a family at a time. A family's source file is compiled once per instruction set, with
+// the set's name in RESNORM_ISA, and its table is all that leaves that translation unit.
+struct NormForwardKernels {
   void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
-  void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
   void (*add_layer_norm_forward)(const AddLayerNormForward&, ParallelFor);
+};
+
+struct NormBackwardKernels {
+  void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
   void (*add_layer_norm_backward)(const AddLayerNormBackward&, ParallelFor);
+};
+
+struct ResidualAddKernels {
   void (*residual_add_forward)(const ResidualAddForward&, ParallelFor);
   void (*residual_add_backward)(const ResidualAddBackward&, ParallelFor);
-  void (*packed_attention)(const PackedAttention&, ParallelFor);
+};
+
+struct ActivationKernels {
   void (*bias_activation_forward)(const BiasActivationForward&, ParallelFor);
   void (*bias_activation_backward)(const BiasActivationBackward&, ParallelFor);
+};
+
+struct AttentionKernels {
+  void (*packed_attention)(const PackedAttention&, ParallelFor);
+};
+
+struct LinearKernels {
   // 0 for a dtype that is not to be packed.
   std::size_t (*packed_weight_bytes)(DType dtype, std::int64_t out_features, std::int64_t in_features);
   void (*pack_weight)(const PackWeight&, ParallelFor);
   void (*packed_linear)(const PackedLinear&, ParallelFor);
+};
+
+struct KernelTable : NormForwardKernels,
+                     NormBackwardKernels,
+                     ResidualAddKernels,
+                     ActivationKernels,
+                     AttentionKernels,
+                     LinearKernels {
+  const char* isa;
 };
 
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks

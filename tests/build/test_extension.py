@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_project import Project, installed
 
-CALL = "from resnorm_ext._extension import extension; print(extension.answer)"
+CALL = "from resnorm_ext.build.extension import extension; print(extension.answer)"
 
 
 def run_real(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -85,13 +85,15 @@ def test_damaged_installation(project: Project, damage: str):
 
 def test_one_extension_per_process(project: Project):
     project.build_in_place()
-    result = project.run("-c", f"{CALL}; from resnorm_ext import jit; jit.load()")
+    result = project.run(
+        "-c", f"{CALL}; from resnorm_ext.build import extension, jit; extension.load_library(jit.compiled_library())"
+    )
     assert "RuntimeError: this process already uses" in result.stderr and "restart Python" in result.stderr
 
 
 def test_looking_at_the_extension_does_not_load_it(project: Project):
     code = (
-        "import inspect; from resnorm_ext import _extension as e;"
+        "import inspect; from resnorm_ext.build import extension as e;"
         "repr(e.extension); inspect.unwrap(e.extension); print(hasattr(e.extension, '__wrapped__'), e.loaded())"
     )
     assert project.run("-c", code).stdout == "False None\n"
@@ -99,7 +101,7 @@ def test_looking_at_the_extension_does_not_load_it(project: Project):
 
 @pytest.mark.smoke
 def test_attributes_are_plain_once_loaded():
-    from resnorm_ext._extension import extension
+    from resnorm_ext.build.extension import extension
 
     assert extension.build_info()["cpp_standard"] >= 202002
     assert not hasattr(type(extension), "__getattr__")
@@ -109,7 +111,7 @@ def test_attributes_are_plain_once_loaded():
 
 @pytest.mark.smoke
 def test_unknown_cpu_isa():
-    result = run_real("from resnorm_ext._extension import extension; extension.cpu_isa()", RESNORM_CPU_ISA="mmx")
+    result = run_real("from resnorm_ext.build.extension import extension; extension.cpu_isa()", RESNORM_CPU_ISA="mmx")
     error = result.stderr.splitlines()[-1]
     assert error.startswith("ValueError") and "RESNORM_CPU_ISA" in error and "mmx" in error and "scalar" in error
 
@@ -122,22 +124,22 @@ def test_import_registers_the_operators():
 def test_loads_while_torch_compile_traces(tmp_path: Path):
     code = """
 import shutil, torch
-from resnorm_ext import _extension, _library, jit
+from resnorm_ext.build import extension, jit, library
 
-cached, built = jit._cached_library(jit._detect()), _extension.find_built()
+cached, built = jit._cached_library(jit.detect()), extension.find_built()
 cached.parent.mkdir(parents=True)
 shutil.copy(built, cached)
-shutil.copy(_library.info_path(built), _library.info_path(cached))
+shutil.copy(library.info_path(built), library.info_path(cached))
 
 @torch.compile(fullgraph=True, backend="eager")
 def normalize(x):
-    _extension.ensure_loaded()
+    extension.ensure_loaded()
     return torch.ops.resnorm.layer_norm(x, [8])
 
-assert _extension.loaded() is None
+assert extension.loaded() is None
 x = torch.randn(4, 8)
 torch.testing.assert_close(normalize(x), torch.nn.functional.layer_norm(x, [8]))
-assert _extension.loaded() is not None
+assert extension.loaded() is not None
 """
     result = run_real(code, RESNORM_JIT="1", RESNORM_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import build_config
+from . import config
 
 
 class BuildError(RuntimeError):
@@ -39,13 +39,14 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a build uses: the torch it is for, the compilers, and why there is or is no CUDA in it."""
+    """What a build uses: the torch it is for, the compilers, the instruction sets, why there is or is no CUDA in it."""
 
     torch: str
     torch_cuda: str | None
     compiler: tuple[str, ...]
     compiler_version: str
     ninja: str
+    isas: tuple[str, ...]
     toolkit: Toolkit | None
     cuda_reason: str
 
@@ -57,7 +58,7 @@ class Toolchain:
     def kernels(self) -> str:
         """What will be built and why, in words."""
         what = "CPU kernels alone" if self.toolkit is None else f"CPU and CUDA {self.cuda} kernels"
-        return f"{what} ({self.cuda_reason})"
+        return f"{what} ({self.cuda_reason}), for {', '.join(self.isas)}"
 
     @property
     def key(self) -> str:
@@ -65,7 +66,7 @@ class Toolchain:
 
     @property
     def local_version(self) -> str:
-        return build_config.local_version(self.torch, self.cuda and self.torch_cuda)
+        return config.local_version(self.torch, self.cuda and self.torch_cuda)
 
 
 def environment_choice(name: str, choices: tuple[str, ...]) -> str:
@@ -76,8 +77,10 @@ def environment_choice(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def detect(default_architectures: tuple[str, ...] = build_config.CUDA_ARCHITECTURES) -> Toolchain:
-    """Finds everything that a build needs; raises BuildError naming what is missing."""
+def detect(
+    default_architectures: tuple[str, ...] = config.CUDA_ARCHITECTURES, isas: tuple[str, ...] | None = None
+) -> Toolchain:
+    """Finds everything that a build for ``isas`` (default: all) needs; raises BuildError naming what is missing."""
     try:
         import torch
     except ImportError as error:
@@ -94,6 +97,7 @@ def detect(default_architectures: tuple[str, ...] = build_config.CUDA_ARCHITECTU
         compiler=compiler,
         compiler_version=_output(*compiler, "--version").splitlines()[0],
         ninja=find_ninja(),
+        isas=isas or config.all_isas(),
         toolkit=toolkit,
         cuda_reason=reason,
     )
@@ -163,7 +167,10 @@ def cuda_architectures(default: tuple[str, ...], supported: list[str]) -> tuple[
 
 
 def max_jobs() -> int:
-    """As many compilers as the cores this process may use and free memory (2 GiB each) allow."""
+    """How many compilers run at once: what MAX_JOBS says, else as many as the cores this process may use and free
+    memory (2 GiB each) allow."""
+    if jobs := os.environ.get("MAX_JOBS"):
+        return int(jobs)
     return max(1, min(len(os.sched_getaffinity(0)), _available_memory() // 2**31))
 
 

@@ -20,7 +20,7 @@ def test_in_place_build_describes_itself_and_compiles_only_what_changed(project:
     assert info["torch"] == "2.13.0+cpu" and info["cuda"] is None and "-O3" in info["cxx_flags"]
     second = project.run("setup.py", "build_ext", "--inplace")
     assert second.returncode == 0 and "ninja: no work to do" in second.stdout
-    assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
+    assert project.run("-c", "from resnorm_ext.build.extension import extension as e; print(e.answer)").stdout == "42\n"
 
 
 def test_editable_install_compiles_only_what_changed(project: Project):
@@ -32,7 +32,7 @@ def test_editable_install_compiles_only_what_changed(project: Project):
         (unit,) = project.root.glob("build/**/python.o")
         compiled.append(unit.stat().st_mtime_ns)
     assert compiled[0] == compiled[1]
-    assert project.run("-c", "from resnorm_ext._extension import extension as e; print(e.answer)").stdout == "42\n"
+    assert project.run("-c", "from resnorm_ext.build.extension import extension as e; print(e.answer)").stdout == "42\n"
 
 
 def test_wheel_is_named_by_what_it_is_for_and_carries_the_sources(project: Project):
@@ -51,9 +51,11 @@ def test_installed_wheel_compiles_from_the_sources_it_carries(project: Project):
     (wheel,) = (project.root / "dist").glob("*.whl")
     site = project.root / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = f"import sys; sys.path[0] = {str(site)!r}; from resnorm_ext import jit; module = jit.load();"
-    result = project.run("-c", f"{code} print(module.answer, module.__file__)")
+    load = "from resnorm_ext.build.extension import load_extension; module = load_extension()"
+    code = f"import sys; sys.path[0] = {str(site)!r}; {load}; print(module.answer, module.__file__)"
+    result = project.run("-c", code, RESNORM_JIT="1")
     assert result.stdout.startswith(f"42 {project.cache}"), result.stderr
+    assert not list(project.cache.glob("*-objects")), "nobody edits the sources of a wheel"
 
 
 def test_source_distribution_builds(project: Project):

@@ -8,34 +8,34 @@ import os
 import sysconfig
 from pathlib import Path
 
-from . import build_config
-from ._toolchain import Toolchain
+from . import config
+from .toolchain import Toolchain
 
 
 def key(toolchain: Toolchain) -> str:
     """Names everything that decides what a library is."""
-    how = [Path(__file__).with_name(name).read_bytes() for name in ("build_config.py", "_build.py")]
+    how = [Path(__file__).with_name(name).read_bytes() for name in ("config.py", "ninja.py")]
     flags = {name: os.environ.get(name) for name in ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
-    return hashlib.sha256(repr((build_config.source_hash(), how, flags, toolchain, _python_abi())).encode()).hexdigest()
+    return hashlib.sha256(repr((config.source_hash(), how, flags, toolchain, python_abi())).encode()).hexdigest()
 
 
 def info(toolchain: Toolchain) -> dict[str, object]:
     """What a library was built for and with: read before it is loaded, because a wrong one can crash the process."""
     toolkit = toolchain.toolkit
     return {
-        "version": build_config.VERSION,
+        "version": config.VERSION,
         "built_for": toolchain.local_version,
         "torch": toolchain.torch,
         "torch_cuda": toolchain.torch_cuda,
         "cuda": toolchain.cuda,
         "cuda_reason": toolchain.cuda_reason,
         "cuda_architectures": list(toolkit.architectures) if toolkit else [],
-        "python": _python_abi(),
+        "python": python_abi(),
         "compiler": toolchain.compiler_version,
-        "cxx_flags": list(build_config.CXX_FLAGS),
-        "isa_flags": {Path(source).stem.removeprefix("isa_"): list(f) for source, f in build_config.ISA_FLAGS.items()},
-        "nvcc_flags": list(build_config.NVCC_FLAGS) if toolkit else [],
-        "sources": build_config.source_hash(),
+        "cxx_flags": list(config.CXX_FLAGS),
+        "isa_flags": {isa: list(config.ISA_FLAGS[isa]) for isa in toolchain.isas},
+        "nvcc_flags": list(config.NVCC_FLAGS) if toolkit else [],
+        "sources": config.source_hash(),
     }
 
 
@@ -43,5 +43,6 @@ def info_path(library: Path) -> Path:
     return library.with_suffix(".json")
 
 
-def _python_abi() -> str:
+def python_abi() -> str:
+    """Which Pythons can load a library that was compiled for this one."""
     return sysconfig.get_config_var("SOABI")

@@ -17,9 +17,11 @@ from types import ModuleType
 
 import torch
 
-from . import _library, _toolchain, build_config
+from . import config, jit, toolchain
+from . import library as libraries
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
+_NAME = "resnorm_ext._C"
 _lock = threading.RLock()
 _loaded: ModuleType | None = None
 
@@ -31,8 +33,6 @@ def load_extension() -> ModuleType:
     """
     if _loaded is not None:
         return _loaded
-    from . import jit  # late: it needs this module
-
     with _lock:
         if _loaded is not None:
             return _loaded
@@ -47,10 +47,11 @@ def load_extension() -> ModuleType:
                 f"one now. {how_to_build()}, or unset RESNORM_JIT."
             )
         try:
-            return jit.load()
-        except _toolchain.BuildError as error:
+            return load_library(jit.compiled_library())
+        except toolchain.BuildError as error:
             raise ImportError(
-                f"resnorm_ext has no C++ extension: looked for {_PACKAGE}/_C*.so, then tried to compile one: {error}"
+                f"resnorm_ext has no C++ extension: looked for {_PACKAGE}/_C*.so, then tried to compile one. "
+                f"{how_to_build()}, or mend what went wrong: {error}"
             ) from error
 
 
@@ -98,7 +99,7 @@ extension = _Lazy()
 
 def jit_choice() -> str:
     """RESNORM_JIT: ``auto`` compiles where nothing is built, ``1`` always (once, then from its cache), ``0`` never."""
-    return _toolchain.environment_choice("RESNORM_JIT", ("auto", "1", "0"))
+    return toolchain.environment_choice("RESNORM_JIT", ("auto", "1", "0"))
 
 
 def loaded() -> ModuleType | None:
@@ -116,7 +117,7 @@ def find_built() -> Path | None:
 
 def read_info(library: Path) -> dict:
     """The description written beside a library when its build was complete."""
-    path = _library.info_path(library)
+    path = libraries.info_path(library)
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -127,7 +128,7 @@ def check_built(library: Path) -> None:
     """Raises ImportError where ``library`` was built for another torch: loading it could crash the process."""
     info = read_info(library)
     present, present_cuda = str(torch.__version__), torch.version.cuda
-    same_version = build_config.minor_version(info["torch"]) == build_config.minor_version(present)
+    same_version = config.minor_version(info["torch"]) == config.minor_version(present)
     # Without CUDA kernels in it a library needs no CUDA torch, even if it was built with one.
     same_cuda = info["torch_cuda"] == present_cuda or (info["cuda"] is None and present_cuda is None)
     if not (same_version and same_cuda):
@@ -142,26 +143,22 @@ def load_library(library: Path) -> ModuleType:
     """Imports ``library`` as the extension of this process."""
     global _loaded
     with _lock:
-        check_not_loaded_from_elsewhere(library)
         if _loaded is not None:
-            return _loaded
-        name = f"{__package__}._C"
-        spec = importlib.util.spec_from_file_location(name, library)
+            if Path(_loaded.__file__) == library:
+                return _loaded
+            raise RuntimeError(
+                f"this process already uses {_loaded.__file__}, and it can load only one extension. Sources or "
+                f"settings have changed since it was loaded, or another one is asked for: restart Python to use "
+                f"{library}."
+            )
+        spec = importlib.util.spec_from_file_location(_NAME, library)
         try:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         except ImportError as error:
             raise ImportError(f"{library} cannot be loaded: {error}. {how_to_build()}.") from error
-        sys.modules[name] = _loaded = module
+        sys.modules[_NAME] = _loaded = module
         return module
-
-
-def check_not_loaded_from_elsewhere(library: Path) -> None:
-    if _loaded is not None and Path(_loaded.__file__) != library:
-        raise RuntimeError(
-            f"this process already uses {_loaded.__file__}, and it can load only one extension. Sources or settings "
-            f"have changed since it was loaded, or another one is asked for: restart Python to use {library}."
-        )
 
 
 def how_to_build() -> str:
@@ -169,8 +166,8 @@ def how_to_build() -> str:
     checkout = _PACKAGE.parent
     if (checkout / "setup.py").is_file():
         return f"Build it: pip install --no-build-isolation -e {checkout}"
-    fits = build_config.local_version(str(torch.__version__), torch.version.cuda)
-    return f"Install the wheel resnorm_ext-{build_config.VERSION}+{fits}"
+    fits = config.local_version(str(torch.__version__), torch.version.cuda)
+    return f"Install the wheel resnorm_ext-{config.VERSION}+{fits}"
 
 
 def _torch_name(version: str, cuda: str | None) -> str:
