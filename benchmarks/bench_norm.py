@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LayerNorm, add + LayerNorm and dropout + add + LayerNorm, forward and backward, against everybody else's.
+"""LayerNorm and RMSNorm, alone, after add and after dropout + add, forward and backward, against everybody else's.
 
 python benchmarks/bench_norm.py --output build/bench/norm.jsonl
 python benchmarks/bench_norm.py --device cuda --time-limit 240 --output build/bench/norm-cuda.jsonl
@@ -53,6 +53,13 @@ CPU_GRIDS = [
     Grid("dropout_add_layer_norm", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
     Grid("layer_norm backward", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
     Grid("add_layer_norm backward", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("rms_norm", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("add_rms_norm", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    Grid("rms_norm backward", (F32, BF16), CPU_ROWS, CPU_COLUMNS),
+    # Short rows where the second cache ends and the third does.
+    Grid("layer_norm", (F32, BF16), (2 * K, 8 * K), (256, 512)),
+    Grid("layer_norm backward", (F32, BF16), (2 * K, 8 * K), (256, 512)),
+    Grid("layer_norm backward", (F32, BF16), (4 * K,), (512,)),
     Grid("layer_norm", (F32,), (512, 4 * K), (768,), FEWER_PARAMETERS),
     Grid("layer_norm backward", (F32,), (512, 4 * K), (768,), FEWER_PARAMETERS),
 ]

@@ -19,7 +19,7 @@ from norm_operations import DROPOUT_P, OPERATIONS, Case
 from results import OURS
 from torch import Tensor
 
-from resnorm_ext.functional import add_layer_norm, layer_norm
+from resnorm_ext.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 Call = Callable[[], object]
 Bind = Callable[..., Call]
@@ -56,6 +56,10 @@ def _torch_add(x, r, shape, weight, bias, eps):
     return F.layer_norm(x + r, shape, weight, bias, eps)
 
 
+def _torch_add_rms(x, r, shape, weight, eps):
+    return F.rms_norm(x + r, shape, weight, eps)
+
+
 def _torch_add_in_place(x, r, shape, weight, bias, eps):
     return F.layer_norm(x.add_(r), shape, weight, bias, eps)
 
@@ -80,6 +84,8 @@ _FORMULAS = {
         partial(add_layer_norm, prenorm=True, dropout_p=DROPOUT_P, training=True),
         _torch_dropout_add,
     ),
+    "rms_norm": (rms_norm, F.rms_norm),
+    "add_rms_norm": (add_rms_norm, _torch_add_rms),
 }
 
 
@@ -110,10 +116,20 @@ def _backward(bind: Bind, gradients: tuple[Tensor, ...], *arguments) -> Call:
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-def _our_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
-    _, mean, rstd = torch.ops.resnorm._layer_norm_forward(x, shape, weight, bias, eps)
-    saved = (x, shape, weight, bias, mean, rstd, eps)
-    return partial(torch.ops.resnorm._layer_norm_backward, *gradients, *saved, _wanted(x, weight, bias))
+def _our_norm_backward(gradients, x, shape, weight, bias, eps, centered: bool = True) -> Call:
+    norm = (shape, weight, bias, eps, centered)
+    _, _, mean, rstd = torch.ops.resnorm._norm_forward(x, None, None, 0.0, None, None, *norm, False, True)
+    saved = (None, x, mean, rstd, None, 0.0, None, x.dtype)
+    return partial(torch.ops.resnorm._norm_backward, *gradients, *saved, *norm, _wanted(x, None, None, weight, bias))
+
+
+def _our_rms_backward(gradients, x, shape, weight, eps) -> Call:
+    return _our_norm_backward(gradients, x, shape, weight, None, eps, centered=False)
+
+
+def _their_rms_backward(gradients, x, shape, weight, eps) -> Call:
+    """By autograd: torch has no operator for it on a CPU."""
+    return _backward(_direct(F.rms_norm), gradients, x, shape, weight, eps)
 
 
 def _their_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
@@ -123,16 +139,16 @@ def _their_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
 
 
 def _our_add_backward(gradients, x, r, shape, weight, bias, eps) -> Call:
-    parameters = (shape, weight, bias)
-    _, s, mean, rstd = torch.ops.resnorm._add_layer_norm_forward(x, r, *parameters, eps, None, 0.0, None, None)
-    saved = (s, *parameters, None, mean, rstd, eps, 0.0, None, s.dtype)
+    norm = (shape, weight, bias, eps, True)
+    _, s, mean, rstd = torch.ops.resnorm._norm_forward(x, r, None, 0.0, None, None, *norm, True, True)
+    saved = (s, mean, rstd, None, 0.0, None, s.dtype)
     shared = x.dtype == r.dtype  # autograd hands out one gradient twice then
-    wanted = _wanted(None if shared else x, r, weight, bias, None)
-    backward = partial(torch.ops.resnorm._add_layer_norm_backward, *gradients, *saved, wanted)
+    wanted = _wanted(None if shared else x, r, None, weight, bias)
+    backward = partial(torch.ops.resnorm._norm_backward, *gradients, *saved, *norm, wanted)
 
     def call():
-        dx, dr, *parameters = backward()
-        return dr if shared else dx, dr, *parameters
+        dx, dr, _, dweight, dbias = backward()
+        return dr if shared else dx, dr, dweight, dbias
 
     return call
 
@@ -156,6 +172,7 @@ def _wanted(*tensors: Tensor | None) -> list[bool]:
 _BACKWARD_OPERATORS = {
     "layer_norm backward": (_our_norm_backward, _their_norm_backward),
     "add_layer_norm backward": (_our_add_backward, _their_add_backward),
+    "rms_norm backward": (_our_rms_backward, _their_rms_backward),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Operation:
     backward: bool = False
     in_place: bool = False
     dropout: bool = False
+    centered: bool = True  # an RMS norm is not, and has no bias
 
     @property
     def training(self) -> bool:
@@ -38,7 +40,7 @@ class Operation:
         return "r" in self.moves or "ds" in self.moves
 
 
-# y = layer_norm(s), s = r + x; d stands for a gradient.
+# y = layer_norm(s) or rms_norm(s), s = r + x; d stands for a gradient.
 OPERATIONS = {
     "layer_norm": Operation(("x", "y"), ("y",)),
     "add_layer_norm": Operation(("x", "r", "y"), ("y",)),
@@ -51,6 +53,9 @@ OPERATIONS = {
         ("dx", "dr", "dweight", "dbias"),
         backward=True,
     ),
+    "rms_norm": Operation(("x", "y"), ("y",), centered=False),
+    "add_rms_norm": Operation(("x", "r", "y"), ("y",), centered=False),
+    "rms_norm backward": Operation(("x", "dy", "dx"), ("dx", "dweight"), backward=True, centered=False),
 }
 
 # Largest relative error of a row, and of a weight gradient: PyTorch sums those in the parameters' own precision.
@@ -85,7 +90,7 @@ class Case:
         return matrices + vectors * self.columns * sizes[True]
 
     def has(self, parameter: str) -> bool:
-        return self.affine in ("both", parameter)
+        return self.affine in ("both", parameter) and (parameter == "weight" or OPERATIONS[self.operation].centered)
 
     def _size(self, residual: bool) -> int:
         return getattr(torch, (residual and self.residual) or self.dtype).itemsize
@@ -100,14 +105,15 @@ class Inputs:
     gradients: tuple[Tensor, ...]  # of the outputs
 
     def arguments(self, operation: Operation) -> tuple:
-        """As layer_norm and add_layer_norm take them; fresh tensors where the call may write to them."""
+        """As the operators take them; fresh tensors where the call may write to them."""
         tensors = [self.x, *([self.r] if operation.adds else []), self.weight, self.bias]
         if operation.in_place:
             tensors = [None if tensor is None else tensor.clone() for tensor in tensors]
         if operation.dropout:  # a training step's forward
             tensors = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
         *matrices, weight, bias = tensors
-        return (*matrices, tuple(self.x.shape[-1:]), weight, bias, EPS)
+        parameters = (weight, bias) if operation.centered else (weight,)
+        return (*matrices, tuple(self.x.shape[-1:]), *parameters, EPS)
 
     def with_both_parameters(self) -> Inputs:
         """The same, with a weight of ones and a bias of zeros where there is none."""
@@ -174,7 +180,7 @@ def _expected(
 ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """Blocks of rows with the reference's outputs; a weight gradient is the block's share of it."""
     count = max(1, BLOCK_ELEMENTS // inputs.x.shape[1])
-    block = _expected_gradients if operation.backward else _expected_outputs
+    block = partial(_expected_gradients if operation.backward else _expected_outputs, operation)
     for first in range(0, inputs.x.shape[0], count):
         rows = slice(first, first + count)
         yield rows, (_expected_after_dropout(inputs, rows, actual) if operation.dropout else block(inputs, rows))
@@ -184,25 +190,28 @@ def _double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().double()
 
 
-def _expected_outputs(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
-    x, shape, weight, bias = _double(inputs.x[rows]), inputs.x.shape[1:], _double(inputs.weight), _double(inputs.bias)
-    if inputs.r is None:
-        return {"y": reference.layer_norm(x, shape, weight, bias, EPS)}
-    y, s = reference.add_layer_norm(x, _double(inputs.r[rows]), shape, weight, bias, EPS)
-    return {"y": y, "s": s}
+def _expected_outputs(operation: Operation, inputs: Inputs, rows: slice) -> dict[str, Tensor]:
+    s = _double(inputs.x[rows])
+    if inputs.r is not None:
+        s = s + _double(inputs.r[rows])
+    return {"y": _normalized(operation, s, _double(inputs.weight), _double(inputs.bias)), "s": s}
+
+
+def _normalized(operation: Operation, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if operation.centered:
+        return reference.layer_norm(s, s.shape[1:], weight, bias, EPS)
+    return reference.rms_norm(s, s.shape[1:], weight, EPS)
 
 
 @torch.enable_grad()
-def _expected_gradients(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
+def _expected_gradients(operation: Operation, inputs: Inputs, rows: slice) -> dict[str, Tensor]:
     tensors = {"dx": inputs.x[rows], "dweight": inputs.weight, "dbias": inputs.bias}
     if inputs.r is not None:
         tensors["dr"] = inputs.r[rows]
     leaves = {name: _double(tensor).requires_grad_() for name, tensor in tensors.items() if tensor is not None}
-    shape, weight, bias = inputs.x.shape[1:], leaves.get("dweight"), leaves.get("dbias")
-    if inputs.r is None:
-        outputs = (reference.layer_norm(leaves["dx"], shape, weight, bias, EPS),)
-    else:
-        outputs = reference.add_layer_norm(leaves["dx"], leaves["dr"], shape, weight, bias, EPS)
+    s = leaves["dx"] if inputs.r is None else leaves["dx"] + leaves["dr"]
+    y = _normalized(operation, s, leaves.get("dweight"), leaves.get("dbias"))
+    outputs = (y,) if inputs.r is None else (y, s)
     gradients = [_double(gradient[rows]) for gradient in inputs.gradients]
     return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), gradients), strict=True))
 

@@ -13,18 +13,17 @@
 #include "engine/bindings.h"
 #include "kernels/cpu/dispatch.h"
 #include "module_state.h"
-#include "ops/add_layer_norm.h"
 #include "ops/bias_activation.h"
-#include "ops/cpu/kernel_call.h"
+#include "ops/cpu/cpu_kernels.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
 #include "ops/cpu/packed_linear.h"
 #include "ops/cpu/weight_fingerprint.h"
-#include "ops/kernel_plan.h"
-#include "ops/layer_norm.h"
 #include "ops/linear.h"
+#include "ops/norm.h"
 #include "ops/packed_attention.h"
 #include "ops/residual_add.h"
+#include "ops/support/kernel_plan.h"
 #include "python_shape.h"
 
 namespace py = pybind11;
@@ -81,12 +80,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   resnorm::note_data_aliases();
   // no_gil: other Python threads run while an operator does. The wrapper also turns torch's C++ errors into its Python
   // ones.
-  m.def("layer_norm", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::layer_norm)));
-  m.def("layer_norm_out", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::layer_norm_out)));
+  const auto define_norm = [&](const char* name, auto* function) {
+    m.def(name, torch::wrap_pybind_function_no_gil(with_python_shapes(function)));
+  };
+  define_norm("layer_norm", resnorm::layer_norm);
+  define_norm("layer_norm_out", resnorm::layer_norm_out);
+  define_norm("rms_norm", resnorm::rms_norm);
+  define_norm("rms_norm_out", resnorm::rms_norm_out);
+  define_norm("add_layer_norm", resnorm::add_layer_norm);
+  define_norm("add_layer_norm_out", resnorm::add_layer_norm_out);
+  define_norm("add_rms_norm", resnorm::add_rms_norm);
+  define_norm("add_rms_norm_out", resnorm::add_rms_norm_out);
   m.def("residual_add", torch::wrap_pybind_function_no_gil(resnorm::residual_add));
   m.def("residual_add_out", torch::wrap_pybind_function_no_gil(resnorm::residual_add_out));
-  m.def("add_layer_norm", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::add_layer_norm)));
-  m.def("add_layer_norm_out", torch::wrap_pybind_function_no_gil(with_python_shapes(resnorm::add_layer_norm_out)));
   m.def("bias_activation", torch::wrap_pybind_function_no_gil(resnorm::bias_activation));
   m.def("bias_activation_out", torch::wrap_pybind_function_no_gil(resnorm::bias_activation_out));
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));

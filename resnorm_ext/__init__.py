@@ -11,12 +11,23 @@ from .build.extension import load_if_built
 from .engine.workspace import free_workspaces
 from .integrations import accelerate, refresh, report, restore
 from .integrations.quantization import register_for_quantization
-from .modules import AddLayerNorm, FeedForward, LayerNorm, SelfAttention, TransformerEncoder, TransformerEncoderLayer
+from .modules import (
+    AddLayerNorm,
+    AddRMSNorm,
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    SelfAttention,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "AddLayerNorm",
+    "AddRMSNorm",
     "FeedForward",
     "LayerNorm",
+    "RMSNorm",
     "SelfAttention",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -7,6 +7,7 @@ Arguments are in the order of the operators' schemas.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,11 @@ from . import reference
 def layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    return _norm(input, normalized_shape, weight, bias, eps, input.dtype)
+    return _layer_norm(input, normalized_shape, weight, bias, eps, input.dtype)
+
+
+def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None) -> Tensor:
+    return _rms_norm(input, normalized_shape, weight, eps, input.dtype)
 
 
 def residual_add(
@@ -49,7 +54,25 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(y, s)`` whatever ``prenorm``."""
     total = _total(input, residual, input_bias, dropout_p, seed, residual_dtype)
-    y = _norm(total, normalized_shape, weight, bias, eps, input.dtype)
+    y = _layer_norm(total, normalized_shape, weight, bias, eps, input.dtype)
+    return y, _cast(total, _sum_dtype(input, residual, residual_dtype))
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    input_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    prenorm: bool,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, s)`` whatever ``prenorm``."""
+    total = _total(input, residual, input_bias, dropout_p, seed, residual_dtype)
+    y = _rms_norm(total, normalized_shape, weight, eps, input.dtype)
     return y, _cast(total, _sum_dtype(input, residual, residual_dtype))
 
 
@@ -77,7 +100,7 @@ def packed_attention(
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).squeeze(0).transpose(0, 1)
 
 
-def _norm(
+def _layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None,
@@ -86,12 +109,28 @@ def _norm(
     result_dtype: torch.dtype,
 ) -> Tensor:
     """Computed in the widest of the dtypes."""
-    dtype = x.dtype
-    for parameter in (weight, bias):
-        dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-    weight, bias = (None if parameter is None else _cast(parameter, dtype) for parameter in (weight, bias))
-    y = F.layer_norm(_cast(x, dtype), normalized_shape, weight, bias, eps)
-    return y if dtype == result_dtype else y.to(result_dtype)  # autocast has a dtype of its own
+    x, weight, bias = _widened(x, weight, bias)
+    y = F.layer_norm(x, normalized_shape, weight, bias, eps)
+    return y if x.dtype == result_dtype else y.to(result_dtype)  # autocast has a dtype of its own
+
+
+def _rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    result_dtype: torch.dtype,
+) -> Tensor:
+    """The same."""
+    x, weight = _widened(x, weight)
+    y = F.rms_norm(x, normalized_shape, weight, eps)
+    return y if x.dtype == result_dtype else y.to(result_dtype)
+
+
+def _widened(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All of them in the widest of their dtypes."""
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors if tensor is not None])
+    return tuple(None if tensor is None else _cast(tensor, dtype) for tensor in tensors)
 
 
 def _total(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators as functions: LayerNorm and residual-add in one pass over memory, and the products around them.
+"""The operators as functions: norms and residual-add in one pass over memory, and the products around them.
 
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
 the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are
@@ -55,6 +55,36 @@ def layer_norm(
     if out is None:
         return _call("layer_norm", input, normalized_shape, weight, bias, eps)
     _call("layer_norm_out", input, normalized_shape, weight, bias, eps, out)
+    return out
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``input / sqrt(mean of input**2 + eps) * weight`` over the trailing ``normalized_shape``.
+
+    As ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019, "Root mean square layer normalization"). Squares are
+    summed in the accumulation type: a row whose squares add up beyond float32's range, 3e38, gives zeros, as torch's
+    does; elements of up to 1e17 are safe in rows of any length.
+
+    Args:
+        input: ``(*, *normalized_shape)``.
+        normalized_shape: the trailing dimensions that make up a row.
+        weight: of ``normalized_shape``, in a dtype as for :func:`layer_norm`.
+        eps: added to the mean; where None the machine epsilon of the type that it is computed in, as torch's kernels
+            have it: float32's for half-precision inputs too.
+        out: receives the result; may be ``input``. Not differentiable.
+
+    Returns, Raises: as :func:`layer_norm`.
+    """
+    if out is None:
+        return _call("rms_norm", input, normalized_shape, weight, eps)
+    _call("rms_norm_out", input, normalized_shape, weight, eps, out)
     return out
 
 
@@ -130,40 +160,42 @@ def add_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` or ``residual`` is not floating point.
     """
-    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
-    if out is None:
-        y, s = _call(
-            "add_layer_norm",
-            input,
-            residual,
-            normalized_shape,
-            weight,
-            bias,
-            eps,
-            input_bias,
-            dropout_p,
-            seed,
-            prenorm,
-            residual_dtype,
-        )
-        return (y, s) if prenorm else y
-    y_out, s_out = _outputs(out, prenorm)
-    _call(
-        "add_layer_norm_out",
-        input,
-        residual,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        input_bias,
-        dropout_p,
-        seed,
-        residual_dtype,
-        y_out,
-        s_out,
+    norm = (normalized_shape, weight, bias, eps)
+    return _add_norm(
+        "add_layer_norm", input, residual, norm, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out
     )
-    return out
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: bool = False,
+    residual_dtype: torch.dtype | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``s = residual + dropout(input + input_bias)`` and ``y = rms_norm(s)``, in one pass.
+
+    Args:
+        normalized_shape, weight: as for :func:`rms_norm`.
+        eps: added to the mean of the squares; where None the machine epsilon of float32, of float64 where the input or
+            ``s`` is float64.
+        input, residual, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out: as for
+            :func:`add_layer_norm`.
+
+    Returns, Raises: as :func:`add_layer_norm`.
+    """
+    norm = (normalized_shape, weight, eps)
+    return _add_norm(
+        "add_rms_norm", input, residual, norm, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out
+    )
 
 
 def bias_activation(
@@ -238,6 +270,29 @@ def packed_attention(
     return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal)
 
 
+def _add_norm(
+    name: str,
+    input: Tensor,
+    residual: Tensor,
+    norm: tuple,
+    input_bias: Tensor | None,
+    dropout_p: float,
+    training: bool,
+    seed: Tensor | None,
+    prenorm: bool,
+    residual_dtype: torch.dtype | None,
+    out: Tensor | tuple[Tensor, Tensor] | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What operator ``name`` returns; ``norm`` are its arguments from normalized_shape to eps."""
+    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
+    if out is None:
+        y, s = _call(name, input, residual, *norm, input_bias, dropout_p, seed, prenorm, residual_dtype)
+        return (y, s) if prenorm else y
+    outputs = _outputs(out, prenorm)
+    _call(f"{name}_out", input, residual, *norm, input_bias, dropout_p, seed, residual_dtype, *outputs)
+    return out
+
+
 def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
     """What operator ``name`` returns.
 
@@ -296,7 +351,7 @@ def _is_foreign(value: object) -> bool:
 
 
 def _outputs(out: object, prenorm: bool) -> tuple[Tensor, Tensor | None]:
-    """``add_layer_norm``'s ``out`` as (y, s)."""
+    """``out`` as (y, s)."""
     if prenorm and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"expected out to be a pair (y, s), as prenorm=True returns, but got {type(out).__name__}")
     y, s = out if prenorm else (out, None)

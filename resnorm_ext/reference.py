@@ -35,6 +35,16 @@ def layer_norm(
     return output
 
 
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """``input / sqrt(mean of input**2 + eps) * weight`` over the trailing dimensions (Zhang and Sennrich 2019)."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
+    output = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
+    return output if weight is None else output * weight
+
+
 def residual_add(
     input: Tensor,
     residual: Tensor,
@@ -66,6 +76,22 @@ def add_layer_norm(
     """``(y, s)`` with ``s = residual + dropout(input + input_bias)`` and ``y = layer_norm(s)``."""
     total = residual_add(input, residual, input_bias, dropout_p=dropout_p, seed=seed)
     return layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, s)`` with ``s = residual + dropout(input + input_bias)`` and ``y = rms_norm(s)``."""
+    total = residual_add(input, residual, input_bias, dropout_p=dropout_p, seed=seed)
+    return rms_norm(total, normalized_shape, weight, eps), total
 
 
 def bias_activation(input: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:

@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 # those of normalized_shape, another letter for one axis. A tensor argument that is not named is a scalar.
 _AXES = {
     "layer_norm": "input *n, weight n, bias n -> *n",
-    "_layer_norm_forward": "input *n, weight n, bias n -> *n, *, *",
-    "_layer_norm_backward": "grad_output *n, input *n, weight n, bias n, mean *, rstd * -> *n, n, n",
+    "rms_norm": "input *n, weight n -> *n",
     "residual_add": "input *d, residual *d, input_bias d -> *d",
     "_residual_add_backward": "grad_output *d, input_bias d -> *d, d",
     "add_layer_norm": "input *n, residual *n, weight n, bias n, input_bias n -> *n, *n",
-    "_add_layer_norm_forward": "input *n, residual *n, weight n, bias n, input_bias n -> *n, *n, *, *",
-    "_add_layer_norm_backward": "grad_output *n, grad_sum *n, sum *n, weight n, bias n, input_bias n, mean *, rstd * "
+    "add_rms_norm": "input *n, residual *n, weight n, input_bias n -> *n, *n",
+    "_norm_forward": "input *n, residual *n, input_bias n, weight n, bias n -> *n, *n, *, *",
+    "_norm_backward": "grad_output *n, grad_sum *n, sum *n, mean *, rstd *, input_bias n, weight n, bias n "
     "-> *n, *n, n, n, n",
     "bias_activation": "input *d, bias d -> *d",
     "_bias_activation_backward": "grad_output *d, input *d, bias d -> *d, d",
@@ -127,4 +127,8 @@ def _wanted(given: dict[str, object], results: int) -> Sequence[bool]:
     """Which of an operator's results are asked for: the others are empty tensors."""
     if "output_mask" in given:
         return given["output_mask"]
+    if "wants_sum" in given:
+        adds, centered = given["residual"] is not None, given["centered"]
+        statistics = given["wants_statistics"]
+        return [True, given["wants_sum"] and adds, statistics and centered, statistics]
     return [True, *[given.get("prenorm", True)] * (results - 1)]

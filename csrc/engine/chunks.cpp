@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "../ops/composite/packed_attention.h"
 #include "../ops/cpu/onednn_linear.h"
+#include "../ops/packed_attention_composite.h"
 
 namespace resnorm::engine {
 

@@ -4,9 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
-#include "../ops/add_layer_norm.h"
-#include "../ops/cpu/packed_attention.h"
-#include "../ops/layer_norm.h"
+#include "../ops/cpu/packed_attention_cpu.h"
+#include "../ops/norm.h"
 #include "../ops/residual_add.h"
 #include "activations.h"
 #include "chunks.h"

@@ -3,8 +3,8 @@
 // knows of torch, so the kernels compile in seconds and are tested alone.
 //
 // Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
-// accumulation and the column sums of a backward pass are of the accumulation type: float64 where the sum (layer_norm's
-// input; stored or not) or the output (its gradient) is float64, in residual_add where any matrix is, else float32. A
+// accumulation and the column sums of a backward pass are of the accumulation type: float64 where a norm's sum (its input
+// where there is no residual) or output (its gradient) is float64, in residual_add where any matrix is, else float32. A
 // null data pointer means that the operand is absent.
 #pragma once
 
@@ -47,45 +47,30 @@ struct Dropout {
   std::uint64_t seed = 0;
 };
 
-// output = (input - mean) * rstd * weight + bias, row by row. `output` may be `input`.
-struct LayerNormForward {
+// A norm of sum = residual + dropout(input + input_bias), or of sum = input where there is no residual, row by row.
+//
+// `centered`, as layer_norm is: output = (sum - mean) * rstd * weight + bias, rstd = 1 / sqrt(variance + eps).
+// Else, as rms_norm is:         output = sum * rstd * weight, rstd = 1 / sqrt(mean of sum^2 + eps); no bias, no mean.
+//
+// The output is taken from the unrounded sum. `sum` may be `residual`, `output` may be `input`. A sum of a residual
+// that is not stored still has a dtype, which counts for the accumulation type.
+struct NormForward {
   std::int64_t rows, cols;
-  ConstRows input;
-  ConstVector weight, bias;
-  double eps;
-  Rows output;
-  void* mean = nullptr;  // rows values of the accumulation type, or null when no backward will follow
-  void* rstd = nullptr;
-};
-
-struct LayerNormBackward {
-  std::int64_t rows, cols;
-  ConstRows grad_output, input;
-  ConstVector weight;
-  const void* mean;
-  const void* rstd;
-  Rows grad_input;
-  Vector grad_weight, grad_bias;
-  void* workspace = nullptr;  // backward_workspace_bytes(...) bytes
-};
-
-// sum = residual + dropout(input + input_bias); output = layer_norm(sum), taken from the unrounded sum.
-// `sum` may be `residual`, `output` may be `input`. A sum that is not stored still has a dtype, which counts for the
-// accumulation type.
-struct AddLayerNormForward {
-  std::int64_t rows, cols;
+  bool centered = true;
   ConstRows input, residual;
   ConstVector input_bias, weight, bias;
   Dropout dropout;
   double eps;
   Rows output, sum;
-  void* mean = nullptr;
+  void* mean = nullptr;  // rows values of the accumulation type, or null where no backward pass will follow
   void* rstd = nullptr;
 };
 
-// grad_residual = grad_sum + d output / d sum * grad_output; grad_input = dropout'(grad_residual).
-struct AddLayerNormBackward {
+// With the gradient of the sum, grad_sum + d output / d sum * grad_output: grad_residual is that, and grad_input =
+// dropout'(that). `sum` is the input where there is no residual.
+struct NormBackward {
   std::int64_t rows, cols;
+  bool centered = true;
   ConstRows grad_output, grad_sum, sum;
   ConstVector weight;
   const void* mean;
@@ -93,7 +78,7 @@ struct AddLayerNormBackward {
   Dropout dropout;
   Rows grad_input, grad_residual;
   Vector grad_weight, grad_bias, grad_input_bias;
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // backward_workspace_bytes(...) bytes
 };
 
 // output = residual + dropout(input + input_bias). `output` may be `residual` or `input`.

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "operator_handle.h"
+#include "support/operator_handle.h"
 
 namespace resnorm {
 

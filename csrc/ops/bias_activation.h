@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "activation.h"
-#include "checks.h"
+#include "support/checks.h"
 
 namespace resnorm {
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "activation.h"
-#include "checks.h"
+#include "support/checks.h"
 
 namespace resnorm {
 

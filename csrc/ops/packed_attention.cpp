@@ -4,8 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "autocast.h"
-#include "operator_handle.h"
+#include "support/autocast.h"
+#include "support/operator_handle.h"
 
 namespace resnorm {
 

@@ -4,7 +4,7 @@
 // head_dim). Each function here is the typed call of the operator that torch.ops.resnorm holds under the same name.
 #pragma once
 
-#include "checks.h"
+#include "support/checks.h"
 
 namespace resnorm {
 

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "operator_handle.h"
+#include "support/operator_handle.h"
 
 namespace resnorm {
 

@@ -5,7 +5,7 @@
 #include <array>
 #include <tuple>
 
-#include "checks.h"
+#include "support/checks.h"
 
 namespace resnorm {
 

@@ -46,12 +46,13 @@ _OLDEST_TRANSFORMERS = (5, 2)
 def accelerate(model: T, *, padding: str = "auto") -> T:
     """Makes ``model`` faster in place, and returns it.
 
-    What it recognises in this instance (``nn.LayerNorm``, ``nn.TransformerEncoder`` and its layers, Hugging Face's
-    BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in inference with the
-    fastest of three products for the linear layers, and text encoders on padding-free batches; in training with fused
-    dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call
-    changes nothing but ``padding``; :func:`restore` puts everything back; :func:`report` tells what was done, and which
-    way the calls took since. That is decided at each call, so adapters, hooks, dtypes and modes may change later.
+    What it recognises in this instance (``nn.LayerNorm`` and ``nn.RMSNorm``, ``nn.TransformerEncoder`` and its layers,
+    Hugging Face's BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in
+    inference with the fastest of three products for the linear layers, and text encoders on padding-free batches; in
+    training with fused dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as
+    before. A second call changes nothing but ``padding``; :func:`restore` puts everything back; :func:`report` tells
+    what was done, and which way the calls took since. That is decided at each call, so adapters, hooks, dtypes and
+    modes may change later.
 
     Outputs equal the original's at every position that is not padded, within rounding. On the CPU a second, packed copy
     of the linear layers' weights may be kept for inference, made anew when they have changed; docs/accelerate.md says

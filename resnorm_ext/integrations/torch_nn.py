@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``torch.nn``'s LayerNorm and Transformer encoder: their subclasses in this package take their place."""
+"""``torch.nn``'s norms and Transformer encoder: their subclasses in this package take their place."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .replace import Finding, named_modules, original_class
 
 _REPLACEMENTS = {
     nn.LayerNorm: modules.LayerNorm,
+    nn.RMSNorm: modules.RMSNorm,
     nn.TransformerEncoderLayer: modules.TransformerEncoderLayer,
     nn.TransformerEncoder: modules.TransformerEncoder,
 }

@@ -17,7 +17,7 @@ from .calls import record
 from .eligibility import is_plain
 from .encoder_paths import Stack, encode_batch, encode_sequences
 from .encoder_stack import is_plain_norm, obstacle
-from .layer_norm import LayerNorm
+from .norm import LayerNorm
 from .originals import Originals
 from .padding import PaddingChoice
 from .tracing import asks_for_original, for_torchscript, run_original

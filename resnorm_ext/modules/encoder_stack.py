@@ -14,7 +14,7 @@ from .attention import AttentionPattern, SelfAttention, is_self_attention, kept_
 from .eligibility import has_global_hooks, is_eager, is_plain
 from .feed_forward import feed_forward
 from .inference import infer
-from .layer_norm import LayerNorm
+from .norm import LayerNorm
 
 
 def is_plain_norm(norm: nn.Module) -> bool:

@@ -84,7 +84,7 @@ inline const std::vector<Layout> kLayouts = {{0, 0}, {3, 1}};
 // So many rows that their result is written past the caches, where whole lines are: `kWholeLines` with a tail.
 inline constexpr std::int64_t kStreamedCols = 1000;
 inline constexpr Layout kWholeLines{24, 0};
-inline std::int64_t streamed_rows(DType dtype) { return kStreamedBytes / size_of(dtype) / kStreamedCols + 3; }
+inline std::int64_t streamed_rows(DType dtype) { return streamed_bytes() / size_of(dtype) / kStreamedCols + 3; }
 
 // One row as many.
 inline ConstRows repeated(const Matrix& row) {

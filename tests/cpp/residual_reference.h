@@ -3,7 +3,7 @@
 #pragma once
 
 #include "fixture.h"
-#include "layer_norm_reference.h"
+#include "norm_reference.h"
 
 namespace resnorm::cpu::testing {
 
@@ -31,7 +31,7 @@ inline ResidualSums residual_sum(const Matrix& input, const Matrix& residual, co
   return result;
 }
 
-// From the gradient of the norm's input to those of add_layer_norm's operands. `norm` and the scales grow by grad_sum.
+// From the gradient of the norm's input to those of what it is a sum of. `norm` and the scales grow by grad_sum.
 struct ResidualGradients {
   Values input, input_scale, input_bias, input_bias_scale;
 };

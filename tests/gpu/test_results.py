@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from operators.cases import DTYPES, FULL_NORM_CASES, HALVES, NORM_CASES, Case, eps_of
-from operators.exactness import check_gradients, check_results, incoming_gradients
+from operators.exactness import Roundings, check_gradients, check_results, incoming_gradients
 from operators.layouts import LAYOUTS, WRITABLE_LAYOUTS, empty, lay_out
 
 from .device import COLUMNS, DEVICE, ONE_OF_EACH, results_and_gradients, seed_at, to_cpu, to_device
@@ -37,11 +37,12 @@ def check(case: Case, inputs, residual_dtype: torch.dtype | None = None, layouts
     dropped_alike = case.dropout_p == 0
     for name, ours, cpus in zip(case.outputs, results, on_cpu[0], strict=True):
         assert ours.dtype == cpus.dtype
-        assert_near(ours, cpus, 4 if ours.dtype in HALVES else 32)
+        assert_near(ours, cpus, Roundings.OTHER_DEVICE_HALF if ours.dtype in HALVES else Roundings.OTHER_DEVICE)
         if name == "s" and dropped_alike:
             assert torch.equal(ours, cpus)
     for name, gradient in gradients.items():
-        assert_near(gradient, on_cpu[1][name], 16 * eps_of(coarsest(inputs, residual_dtype)) / eps_of(gradient.dtype))
+        roundings = Roundings.OTHER_FORMULA * eps_of(coarsest(inputs, residual_dtype)) / eps_of(gradient.dtype)
+        assert_near(gradient, on_cpu[1][name], roundings)
 
 
 def coarsest(inputs, residual_dtype: torch.dtype | None) -> torch.dtype:
@@ -186,4 +187,5 @@ def test_one_column(dtype):
     (y,), gradients = results_and_gradients(case, inputs, grads)
     assert torch.equal(y, inputs["bias"].expand_as(y))
     assert all(gradients[name].abs().max() < 1e-4 for name in ("input", "residual"))
-    torch.testing.assert_close(gradients["bias"].double(), grads[0].double().sum(0), rtol=4 * eps_of(dtype), atol=1e-3)
+    rtol = Roundings.OTHER_DEVICE_HALF * eps_of(dtype)
+    torch.testing.assert_close(gradients["bias"].double(), grads[0].double().sum(0), rtol=rtol, atol=1e-3)

@@ -41,6 +41,7 @@ MODELS = {
     "TransformerEncoder": torch_encoder,
     "Transformer": lambda: nn.Transformer(32, 4, 2, 2, 64),
     "LayerNorm": lambda: nn.LayerNorm(32),
+    "RMSNorm": lambda: nn.RMSNorm(32),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LayerNorm and AddLayerNorm: the modules around the functionals, which have tests of their own."""
+"""The norms and add norms: the modules around the functionals, which have tests of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import resnorm_ext
 import resnorm_ext.modules as rn
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}  # float64
@@ -37,6 +38,38 @@ def test_layer_norm(shape, options):
         for output in [module(x)]
     ]
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
+@pytest.mark.parametrize("shape", [7, (3, 7)], ids=str)
+def test_rms_norm(shape, options):
+    reference = randomize(nn.RMSNorm(shape, dtype=torch.float64, **options))
+    ours = rn.RMSNorm(shape, dtype=torch.float64, **options)
+    assert repr(ours) == repr(reference)
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    grad_output = torch.randn_like(x)
+    results = [
+        (output, *torch.autograd.grad(output, [x, *module.parameters()], grad_output))
+        for module in (reference, ours)
+        for output in [module(x)]
+    ]
+    torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("prenorm", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
+def test_add_rms_norm(options, prenorm):
+    reference = randomize(nn.RMSNorm(7, dtype=torch.float64, **options))
+    ours = rn.AddRMSNorm(7, dtype=torch.float64, prenorm=prenorm, dropout_p=0.5, **options).eval()
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    assert "dropout_p=0.5" in repr(ours)
+    x, residual = torch.randn(2, 2, 3, 7, dtype=torch.float64, requires_grad=True).unbind(0)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    total = residual + x + bias
+    expected = (reference(total), total) if prenorm else reference(total)
+    torch.testing.assert_close(ours(x, residual, bias), expected, **TOLERANCE)
+    assert torch.autograd.gradcheck(ours, (x, residual, bias))
 
 
 @pytest.mark.parametrize("prenorm", [False, True], ids=["post-norm", "pre-norm"])
@@ -84,5 +117,21 @@ def test_copies(copy_of):
 
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.1, float("nan")])
 def test_dropout_outside_the_unit_interval_raises(dropout_p):
-    with pytest.raises(ValueError, match="between 0 and 1, but got"):
-        rn.AddLayerNorm(8, dropout_p=dropout_p)
+    for norm in (rn.AddLayerNorm, rn.AddRMSNorm):
+        with pytest.raises(ValueError, match="between 0 and 1, but got"):
+            norm(8, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_patched_functions_run(norm, monkeypatch):
+    """Each norm asks for its own of torch's functions."""
+    ours, x = resnorm_ext.accelerate(norm(8)), torch.randn(2, 8)
+    assert type(ours) is not norm
+    expected = ours(x) + 1
+    name = "layer_norm" if norm is nn.LayerNorm else "rms_norm"
+    original = getattr(torch.nn.functional, name)
+    monkeypatch.setattr(torch.nn.functional, name, lambda *args: original(*args) + 1)
+    torch.testing.assert_close(ours(x), expected)
+    monkeypatch.undo()
+    monkeypatch.setattr(norm, "forward", lambda self, x: x)
+    assert ours(x) is x

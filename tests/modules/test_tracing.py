@@ -34,12 +34,13 @@ def layer(**options) -> nn.TransformerEncoderLayer:
 STOCK = {
     "norm": lambda: nn.LayerNorm(DIM),
     "norm without bias": lambda: nn.LayerNorm((LENGTH, DIM), bias=False),
+    "RMS norm": lambda: nn.RMSNorm(DIM),
     "post-norm layer": layer,
     "pre-norm layer": lambda: layer(norm_first=True, activation="gelu"),
     "encoder": lambda: nn.TransformerEncoder(layer(), 2, nn.LayerNorm(DIM), enable_nested_tensor=False),
     "length-first encoder": lambda: nn.TransformerEncoder(layer(batch_first=False), 1, enable_nested_tensor=False),
 }
-ENCODERS = [name for name in STOCK if "norm" not in name or "layer" in name]
+ENCODERS = [name for name in STOCK if "layer" in name or "encoder" in name]
 
 
 class Net(nn.Module):
@@ -159,12 +160,14 @@ class OwnModules(nn.Module):
         self.feed_forward = rn.FeedForward(DIM, 12, 0.1, "gelu")
         self.add_norm = rn.AddLayerNorm(DIM, dropout_p=0.1)
         self.add_norm_and_sum = rn.AddLayerNorm(DIM, prenorm=True)
+        self.add_rms_norm = rn.AddRMSNorm(DIM, prenorm=True)
         self.attention = rn.SelfAttention(DIM, HEADS, batch_first=True)
         self.bias = nn.Parameter(torch.randn(DIM))
 
     def forward(self, x):
         y = self.add_norm(self.feed_forward(x), x)
         y, total = self.add_norm_and_sum(self.attention(y, is_causal=True)[0], y, self.bias)
+        y, total = self.add_rms_norm(y, total)
         return y + total
 
 
@@ -188,6 +191,7 @@ class Functionals(nn.Module):
             prenorm=True,
         )
         y = rf.add_layer_norm(y, total, [8], self.weight)
+        y = rf.add_rms_norm(rf.rms_norm(y, [8], self.weight), y, [8], self.weight)
         y = rf.residual_add(y, total, self.bias, dropout_p=0.5, training=self.training)
         y = rf.bias_activation(y, self.bias, "gelu_tanh")
         return rf.linear(y, self.projection, activation="relu", residual=total)

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 TORCH_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)
+EPS = 1e-5
 
 Inputs = dict[str, Tensor]
 
@@ -39,11 +40,16 @@ class Case:
 
     @property
     def normalizes(self) -> bool:
-        return self.operator in ("layer_norm", "add_layer_norm")
+        return self.operator.endswith("_norm")
+
+    @property
+    def centered(self) -> bool:
+        """Whether a norm takes the mean off."""
+        return self.operator.endswith("layer_norm")
 
     @property
     def adds(self) -> bool:
-        return self.operator in ("residual_add", "add_layer_norm")
+        return self.operator == "residual_add" or self.operator.startswith("add_")
 
     @property
     def activates(self) -> bool:
@@ -81,9 +87,9 @@ class Case:
         """The operator's results, ``self.outputs``; ``options`` are more keyword arguments, as ``eps`` or ``out``."""
         if self.adds:
             options |= {"dropout_p": self.dropout_p, "training": True, "seed": seed}
-        if self.operator == "add_layer_norm":
+        if self.adds and self.normalizes:
             options |= {"prenorm": self.prenorm}
-        options |= self._fixed_options(inputs, normalized_dims)
+        options = self._fixed_options(inputs, normalized_dims) | options
         result = getattr(functional, self.operator)(**inputs, **options)
         return result if isinstance(result, tuple) else (result,)
 
@@ -93,7 +99,7 @@ class Case:
         """What ``ours`` should give, in the dtype of ``inputs``."""
         if self.adds:
             options |= {"dropout_p": self.dropout_p, "seed": seed}
-        options |= self._fixed_options(inputs, normalized_dims)
+        options = self._fixed_options(inputs, normalized_dims) | options
         result = getattr(reference, self.operator)(**inputs, **options)
         return result[: len(self.outputs)] if isinstance(result, tuple) else (result,)
 
@@ -103,7 +109,9 @@ class Case:
             return {"activation": self.activation}
         if not self.normalizes:
             return {}
-        return {"normalized_shape": inputs["input"].shape[inputs["input"].dim() - normalized_dims :]}
+        # The default eps of an RMS norm is that of the dtype, in which operator and formula differ.
+        eps = {} if self.centered else {"eps": EPS}
+        return {"normalized_shape": inputs["input"].shape[inputs["input"].dim() - normalized_dims :], **eps}
 
 
 LAYER_NORM = [Case("layer_norm", optional) for optional in [(), ("weight",), ("bias",), ("weight", "bias")]]
@@ -123,15 +131,26 @@ ADD_LAYER_NORM = [
         (("weight", "bias", "input_bias"), 0.3, True),
     ]
 ]
+RMS_NORM = [Case("rms_norm", optional) for optional in [(), ("weight",)]]
+ADD_RMS_NORM = [
+    Case("add_rms_norm", optional, p, prenorm)
+    for optional, p, prenorm in [
+        ((), 0.0, True),
+        (("weight",), 0.0, False),
+        (("weight",), 0.3, True),
+        (("weight", "input_bias"), 0.0, True),
+        (("weight", "input_bias"), 0.3, True),
+    ]
+]
 BIAS_ACTIVATION = [
     Case("bias_activation", optional, activation=activation)
     for optional in [(), ("bias",)]
     for activation in ("relu", "gelu_tanh", "gelu")
 ]
-NORM_CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM
+NORM_CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM + RMS_NORM + ADD_RMS_NORM
 CASES = NORM_CASES + BIAS_ACTIVATION
 # One case for each operator, with all that it takes.
-FULL_NORM_CASES = [LAYER_NORM[-1], RESIDUAL_ADD[-1], ADD_LAYER_NORM[-1]]
+FULL_NORM_CASES = [LAYER_NORM[-1], RESIDUAL_ADD[-1], ADD_LAYER_NORM[-1], RMS_NORM[-1], ADD_RMS_NORM[-1]]
 FULL_CASES = [*FULL_NORM_CASES, BIAS_ACTIVATION[-1]]
 
 

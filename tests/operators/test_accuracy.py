@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import layer_norm as torch_layer_norm
+from torch.nn.functional import rms_norm as torch_rms_norm
 
 from resnorm_ext.functional import add_layer_norm, layer_norm
 
 from .cases import (
     ADD_LAYER_NORM,
+    ADD_RMS_NORM,
     BIAS_ACTIVATION,
+    EPS,
     FULL_CASES,
     HALVES,
     LAYER_NORM,
     RESIDUAL_ADD,
+    RMS_NORM,
     TORCH_ACTIVATIONS,
     Case,
     eps_of,
@@ -30,7 +34,9 @@ from .cases import (
 SEEDS = 100
 SHAPES = [(4, 768), (16, 37), (2, 3001), (257, 64)]
 TYPES = [torch.float32, *HALVES]
-WITHOUT_DROPOUT = [LAYER_NORM[-1], RESIDUAL_ADD[2], ADD_LAYER_NORM[4], BIAS_ACTIVATION[-1]]
+WITHOUT_DROPOUT = [
+    *(LAYER_NORM[-1], RESIDUAL_ADD[2], ADD_LAYER_NORM[4], RMS_NORM[-1], ADD_RMS_NORM[3], BIAS_ACTIVATION[-1])
+]
 assert not any(case.dropout_p for case in WITHOUT_DROPOUT)
 
 Results = dict[str, Tensor]
@@ -54,7 +60,10 @@ def torchs(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         s = inputs["residual"] + (s + inputs["input_bias"] if "input_bias" in inputs else s)
     if not case.normalizes:
         return (s,)
-    y = torch_layer_norm(s, s.shape[-1:], inputs.get("weight"), inputs.get("bias"))
+    if case.centered:
+        y = torch_layer_norm(s, s.shape[-1:], inputs.get("weight"), inputs.get("bias"))
+    else:
+        y = torch_rms_norm(s, s.shape[-1:], inputs.get("weight"), EPS)
     return (y, s)[: len(case.outputs)]
 
 

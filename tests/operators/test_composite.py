@@ -11,7 +11,8 @@ from torch._C import DispatchKey, DispatchKeySet
 from resnorm_ext import reference
 from resnorm_ext.build.extension import ensure_loaded
 
-from .cases import BIAS_ACTIVATION, CASES, DTYPES, SEED, Case, Inputs, eps_of
+from .cases import BIAS_ACTIVATION, CASES, DTYPES, EPS, SEED, Case, Inputs, eps_of
+from .exactness import Roundings
 
 DEVICE_WITHOUT_KERNELS = DispatchKeySet(DispatchKey.PrivateUse1)
 
@@ -33,8 +34,10 @@ def arguments(case: Case, inputs: Inputs, residual_dtype: torch.dtype | None = N
         arguments |= {"normalized_shape": inputs["input"].shape[-1:]}
     if case.adds:
         arguments |= {"dropout_p": case.dropout_p, "seed": SEED, "residual_dtype": residual_dtype}
-    if case.operator == "add_layer_norm":
+    if case.adds and case.normalizes:
         arguments |= {"prenorm": case.prenorm}
+    if case.normalizes and not case.centered:
+        arguments |= {"eps": EPS}
     if case.activates:
         arguments |= {"activation": case.activation}
     return arguments
@@ -47,7 +50,7 @@ def as_tuple(result) -> tuple[torch.Tensor, ...]:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, *taken_from: torch.dtype) -> None:
     """Within the rounding of the result's dtype and of those it was taken from."""
     assert actual.dtype == expected.dtype
-    tolerance = 16 * max(eps_of(dtype) for dtype in (expected.dtype, *taken_from))
+    tolerance = Roundings.OTHER_FORMULA * max(eps_of(dtype) for dtype in (expected.dtype, *taken_from))
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -67,14 +70,13 @@ def test_out(case):
     call = arguments(case, inputs)
     results = as_tuple(composite(case.operator, **call))[: len(case.outputs)]
     outs = {name: inputs[target] for name, target in zip(("output", "sum"), ("input", "residual")[: len(results)])}
-    optional = dict.fromkeys(["input_bias"] * case.adds + ["weight", "sum"] * case.normalizes)
-    if not case.operator == "residual_add":
-        optional |= {"bias": None}
-    call = {"eps": 1e-5, **optional, **call, **outs}
-    if not case.normalizes:
-        call.pop("eps")
-    call.pop("prenorm", None)
-    assert composite(f"{case.operator}_out", **call) is None
+    if case.normalizes:
+        absent = dict.fromkeys(["input_bias", "weight", "bias", "sum"])
+        operator, call = "_norm_out", {"centered": case.centered, "eps": EPS, **absent, **call}
+        call.pop("prenorm")
+    else:
+        operator, call = f"{case.operator}_out", dict.fromkeys(["input_bias"] if case.adds else ["bias"]) | call
+    assert composite(operator, **(call | outs)) is None
     assert all(torch.equal(out, result) for out, result in zip(outs.values(), results, strict=True))
 
 
@@ -97,12 +99,17 @@ def test_inf_in_dropped_places_contributes_nothing():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", [True, False])
-def test_layer_norm_backward(dtype, affine):
+@pytest.mark.parametrize("centered", [True, False])
+def test_norm_backward(dtype, affine, centered):
     input, grad = torch.randn(2, 6, 40, dtype=torch.float64).to(dtype)
     weight, bias = torch.randn(2, 40).to(dtype) if affine else (None, None)
-    _, mean, rstd = composite("_layer_norm_forward", input, [40], weight, bias, 1e-5)
-    call = (grad, input, [40], weight, bias, mean, rstd, 1e-5, [True, affine, affine])
-    for actual, expected in zip(composite("_layer_norm_backward", *call), native("_layer_norm_backward", *call)):
+    bias = bias if centered else None
+    norm = ([40], weight, bias, 1e-5, centered)
+    _, _, mean, rstd = composite("_norm_forward", input, None, None, 0.0, None, None, *norm, False, True)
+    wanted = [True, False, False, weight is not None, bias is not None]
+    call = (grad, None, input, mean, rstd, None, 0.0, None, dtype, *norm, wanted)
+    results = composite("_norm_backward", *call)
+    for actual, expected in zip(results, native("_norm_backward", *call), strict=True):
         assert_close(actual, expected)
 
 
@@ -119,21 +126,25 @@ def test_bias_activation_backward(case, dtype):
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)
-def test_add_layer_norm_forward_and_backward(dtypes, residual_dtype):
+@pytest.mark.parametrize("centered", [True, False])
+def test_norm_of_a_sum_forward_and_backward(dtypes, residual_dtype, centered):
     """Every result, the statistics among them, has the kernels' values, dtype and shape."""
     input, grad = torch.randn(2, 6, 40, dtype=torch.float64).to(dtypes[0])
     residual = torch.randn(6, 40, dtype=torch.float64).to(dtypes[1])
     weight, bias, input_bias = torch.randn(3, 40).to(dtypes[0])
-    call = (input, residual, [40], weight, bias, 1e-5, input_bias, 0.3, SEED, residual_dtype)
-    forward = composite("_add_layer_norm_forward", *call)
-    for actual, expected in zip(forward, native("_add_layer_norm_forward", *call), strict=True):
-        assert actual.shape == expected.shape
-        assert_close(actual, expected)
+    norm = ([40], weight, bias if centered else None, 1e-5, centered)
+    call = (input, residual, input_bias, 0.3, SEED, residual_dtype, *norm, True, True)
+    forward = composite("_norm_forward", *call)
+    for actual, expected in zip(forward, native("_norm_forward", *call), strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert actual.shape == expected.shape
+            assert_close(actual, expected)
     _, s, mean, rstd = forward
-    grad_sum = torch.randn_like(s)
-    call = (grad, grad_sum, s, [40], weight, bias, input_bias, mean, rstd, 1e-5, 0.3, SEED, dtypes[1], [True] * 5)
-    backward = composite("_add_layer_norm_backward", *call)
-    for actual, expected in zip(backward, native("_add_layer_norm_backward", *call), strict=True):
+    wanted = [True, True, True, True, centered]
+    call = (grad, torch.randn_like(s), s, mean, rstd, input_bias, 0.3, SEED, dtypes[1], *norm, wanted)
+    backward = composite("_norm_backward", *call)
+    for actual, expected in zip(backward, native("_norm_backward", *call), strict=True):
         assert_close(actual, expected, s.dtype)
 
 
@@ -142,18 +153,18 @@ def test_results_alias_nothing_and_have_the_strides_that_were_promised(dtype):
     """Else Inductor, which plans memory by the meta kernels, overwrites what it still needs."""
     x, r, grad = (torch.randn(8, 6, dtype=dtype).t() for _ in range(3))
     weight = bias = torch.ones(8, dtype=dtype)
-    _, mean, rstd = native("_layer_norm_forward", x, [8], weight, bias, 1e-5)
+    norm = ([8], weight, bias, 1e-5, True)
+    _, _, mean, rstd = native("_norm_forward", x, None, None, 0.0, None, None, *norm, False, True)
     calls = {
         "layer_norm": (x, [8], None, None, 1e-5),
-        "_layer_norm_backward": (grad[0], x[0], [8], weight, bias, mean[0], rstd[0], 1e-5, [True] * 3),
+        "rms_norm": (x, [8], None, 1e-5),
         "residual_add": (x, r, None, 0.0, None, None),
         "_residual_add_backward": (grad, None, 0.0, None, dtype, [True, False]),
         "bias_activation": (x, None, "relu"),
         "_bias_activation_backward": (grad, x, None, "relu", [True, False]),
         "add_layer_norm": (x, r, [8], None, None, 1e-5, None, 0.0, None, True, None),
-        "_add_layer_norm_backward": (
-            *(grad, None, x, [8], weight, bias, bias, mean, rstd, 1e-5, 0.0, None, dtype, [True] * 5),
-        ),
+        "add_rms_norm": (x, r, [8], None, 1e-5, None, 0.0, None, True, None),
+        "_norm_backward": (grad, None, x, mean, rstd, bias, 0.0, None, dtype, *norm, [True] * 5),
     }
     for name, call in calls.items():
         meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in call]

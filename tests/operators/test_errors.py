@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnorm_ext import functional
-from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, add_rms_norm, bias_activation, layer_norm, residual_add, rms_norm
 
 from .cases import SEED
 
@@ -27,11 +27,17 @@ def error_of(call: Callable) -> Exception:
 
 def norms(input=X, residual=R, shape=(8,), *parameters, **options) -> list[Callable]:
     """The same mistake in each operator that normalises."""
-    return [
+    calls = [
         lambda: layer_norm(input, shape, *parameters),
         lambda: add_layer_norm(input, residual, shape, *parameters, **options),
         lambda: add_layer_norm(input, residual, shape, *parameters, prenorm=True, **options),
     ]
+    if len(parameters) < 2:  # an RMS norm has no bias
+        calls += [
+            lambda: rms_norm(input, shape, *parameters),
+            lambda: add_rms_norm(input, residual, shape, *parameters, prenorm=True, **options),
+        ]
+    return calls
 
 
 def check(torchs: Callable, calls: list[Callable], *words: str) -> None:
@@ -109,11 +115,13 @@ def test_devices():
         lambda: residual_add(X, R, away["V"]),
         lambda: add_layer_norm(X, away["X"], (8,)),
         lambda: add_layer_norm(X, R, (8,), input_bias=away["V"]),
+        lambda: add_rms_norm(X, R, (8,), input_bias=away["V"]),
         lambda: residual_add(X, R, dropout_p=0.5, training=True, seed=SEED.to("meta")),
         lambda: residual_add(X, R, out=away["X"]),
         lambda: bias_activation(X, away["V"]),
         lambda: bias_activation(X, out=away["X"]),
         lambda: layer_norm(X, (8,), out=away["X"]),
+        lambda: rms_norm(X, (8,), out=away["X"]),
         lambda: add_layer_norm(X, R, (8,), prenorm=True, out=(torch.empty_like(X), away["X"])),
     ]
     check(lambda: torch.add(X, away["X"]), calls, *words)
@@ -193,6 +201,8 @@ class TestOut:
             lambda: bias_activation(X, out=out),
             lambda: add_layer_norm(X, R, (8,), out=out),
             lambda: add_layer_norm(X, R, (8,), prenorm=True, out=(torch.empty_like(X), out)),
+            lambda: rms_norm(X, (8,), out=out),
+            lambda: add_rms_norm(X, R, (8,), prenorm=True, out=(torch.empty_like(X), out)),
         ]
 
     def test_nothing_is_written_when_an_argument_is_wrong(self):
@@ -212,7 +222,11 @@ class TestOut:
     def test_an_inference_tensor_is_not_written(self):
         with torch.inference_mode():
             out = torch.zeros(2, 3, 8)
-        for call in (lambda: layer_norm(X, (8,), out=out), lambda: add_layer_norm(X, R, (8,), out=out)):
+        for call in (
+            lambda: layer_norm(X, (8,), out=out),
+            lambda: add_layer_norm(X, R, (8,), out=out),
+            lambda: rms_norm(X, (8,), out=out),
+        ):
             assert "inference tensor" in str(error_of(call))
             assert not out.any()
 
@@ -227,6 +241,9 @@ class TestOut:
         (lambda: layer_norm([1.0], (1,)), lambda: F.layer_norm([1.0], (1,))),
         (lambda: layer_norm(X, (8,), [1.0] * 8), lambda: F.layer_norm(X, (8,), [1.0] * 8)),
         (lambda: layer_norm(X, (8,), eps="a"), lambda: F.layer_norm(X, (8,), eps="a")),
+        (lambda: rms_norm(X, 8), lambda: F.rms_norm(X, 8)),
+        (lambda: rms_norm(X, (8,), eps="a"), lambda: F.rms_norm(X, (8,), eps="a")),
+        (lambda: rms_norm(X, (8,), V, V), lambda: F.rms_norm(X, (8,), V, V)),
         (lambda: layer_norm(X, (8,), eps=None), lambda: F.layer_norm(X, (8,), eps=None)),
         (lambda: layer_norm(), lambda: F.layer_norm()),
         (lambda: layer_norm(X, (8,), epsilon=1), lambda: F.layer_norm(X, (8,), epsilon=1)),
@@ -256,16 +273,13 @@ def test_other_dtypes_while_a_call_is_traced(dtype):
 
 
 MEAN, BIAS = torch.zeros(2, 3), torch.zeros(8)
-LAYER_NORM = {"grad_output": X, "input": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
-LAYER_NORM |= {"mean": MEAN, "rstd": MEAN, "eps": 1e-5, "output_mask": [True] * 3}
+NORM = {"grad_output": X, "grad_sum": X, "sum": X, "mean": MEAN, "rstd": MEAN, "input_bias": BIAS, "dropout_p": 0.0}
+NORM |= {"seed": None, "residual_dtype": torch.float32, "normalized_shape": [8], "weight": V, "bias": BIAS, "eps": 1e-5}
+NORM |= {"centered": True, "output_mask": [True] * 5}
 RESIDUAL_ADD = {"grad_output": X, "input_bias": BIAS, "dropout_p": 0.0, "seed": None, "input_dtype": torch.float32}
 RESIDUAL_ADD |= {"output_mask": [True] * 2}
-ADD_LAYER_NORM = {"grad_output": X, "grad_sum": X, "sum": X, "normalized_shape": [8], "weight": V, "bias": BIAS}
-ADD_LAYER_NORM |= {"input_bias": BIAS, "mean": MEAN, "rstd": MEAN, "eps": 1e-5, "dropout_p": 0.0, "seed": None}
-ADD_LAYER_NORM |= {"residual_dtype": torch.float32, "output_mask": [True] * 5}
 BIAS_ACTIVATION = {"grad_output": X, "input": X, "bias": BIAS, "activation": "gelu", "output_mask": [True] * 2}
-BACKWARD = {"_layer_norm": LAYER_NORM, "_residual_add": RESIDUAL_ADD, "_add_layer_norm": ADD_LAYER_NORM}
-BACKWARD |= {"_bias_activation": BIAS_ACTIVATION}
+BACKWARD = {"_norm": NORM, "_residual_add": RESIDUAL_ADD, "_bias_activation": BIAS_ACTIVATION}
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["kernel", "formula"])
@@ -276,6 +290,8 @@ BACKWARD |= {"_bias_activation": BIAS_ACTIVATION}
         for change, expected, got in [
             ({"grad_output": X[:1]}, "[2, 3, 8]", "[1, 3, 8]"),
             ({"mean": MEAN[:1]}, "[2, 3]", "[1, 3]"),
+            ({"mean": None}, "a mean", "None"),
+            ({"centered": False}, "no mean", "one"),
             ({"rstd": MEAN.double()}, "Float", "Double"),
             ({"weight": V[:7]}, "[8]", "[7]"),
             ({"weight": None}, "weight", "None"),

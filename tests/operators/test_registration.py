@@ -35,6 +35,10 @@ def samples(requires_grad: bool) -> dict[str, tuple]:
         "residual_add ": (x, r),
         "add_layer_norm": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, True, torch.float64),
         "add_layer_norm ": (x, r, ROW),
+        "rms_norm": (x, ROW, weight, 1e-5),
+        "rms_norm ": (x, ROW),
+        "add_rms_norm": (x, r, ROW, weight, 1e-5, input_bias, 0.3, SEED, True, torch.float64),
+        "add_rms_norm ": (x, r, ROW),
         "bias_activation": (x, bias, "gelu_tanh"),
         "bias_activation ": (x,),
     }
@@ -51,38 +55,25 @@ def inner_samples() -> dict[str, tuple]:
         "residual_add_out": (x, r, input_bias, 0.3, SEED, None, s),
         "add_layer_norm_out": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None, y, s),
         "add_layer_norm_out ": (x, r, ROW, None, None, 1e-5, None, 0.0, None, None, y, None),
+        "rms_norm_out": (x, ROW, weight, 1e-5, y),
+        "add_rms_norm_out": (x, r, ROW, weight, None, input_bias, 0.3, SEED, None, y, s),
         "bias_activation_out": (x, bias, "relu", y),
         "_bias_activation_backward": (y, x, bias, "gelu", [True, True]),
         "_bias_activation_backward ": (half, half, None, "relu", [True, False]),
-        "_layer_norm_forward": (x, ROW, weight, bias, 1e-5),
-        "_layer_norm_forward ": (half, ROW, None, None, 1e-5),
-        "_add_layer_norm_forward": (x, r, ROW, weight, bias, 1e-5, input_bias, 0.3, SEED, None),
-        "_add_layer_norm_forward ": (half, r, ROW, None, None, 1e-5, None, 0.0, None, torch.bfloat16),
-        "_layer_norm_backward": (y, x, ROW, weight, bias, mean, rstd, 1e-5, [True] * 3),
-        "_layer_norm_backward ": (y, x, ROW, None, None, mean, rstd, 1e-5, [True, False, False]),
+        "_norm_forward": (x, r, input_bias, 0.3, SEED, None, ROW, weight, bias, 1e-5, True, True, True),
+        "_norm_forward ": (half, None, None, 0.0, None, None, ROW, None, None, 1e-5, False, False, True),
+        "_norm_forward  ": (x, r, None, 0.0, None, None, ROW, weight, None, 1e-5, False, False, False),
+        "_norm_out": (x, r, input_bias, 0.3, SEED, None, ROW, weight, bias, 1e-5, True, y, s),
+        "_norm_out ": (x, None, None, 0.0, None, None, ROW, None, None, 1e-5, False, y, None),
+        "_norm_backward": (
+            *(y, s, x, mean, rstd, input_bias, 0.3, SEED, torch.bfloat16, ROW, weight, bias, 1e-5, True, [True] * 5),
+        ),
+        "_norm_backward ": (
+            *(y, None, x, None, rstd, None, 0.0, None, torch.float32, ROW, weight, None, 1e-5, False),
+            [True, False, False, True, False],
+        ),
         "_residual_add_backward": (y, input_bias, 0.3, SEED, torch.bfloat16, [True, True]),
         "_residual_add_backward ": (y, None, 0.0, None, torch.float32, [True, False]),
-        "_add_layer_norm_backward": (
-            *(y, s, x, ROW, weight, bias, input_bias, mean, rstd, 1e-5, 0.3, SEED, torch.bfloat16, [True] * 5),
-        ),
-        "_add_layer_norm_backward ": (
-            *(
-                y,
-                None,
-                x,
-                ROW,
-                None,
-                None,
-                None,
-                mean,
-                rstd,
-                1e-5,
-                0.0,
-                None,
-                torch.float32,
-                [False, True] + [False] * 3,
-            ),
-        ),
     }
 
 
@@ -109,7 +100,7 @@ def test_every_operator_has_its_samples_here():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("resnorm::")
     }
-    here = {name for name in registered if any(kind in name for kind in ("layer_norm", "residual_add", "bias_"))}
+    here = {name for name in registered if any(kind in name for kind in ("norm", "residual_add", "bias_"))}
     assert here == {name.strip() for name in [*samples(False), *inner_samples()]}
 
 
@@ -118,10 +109,8 @@ def test_cuda_kernels_are_registered_exactly_where_they_were_built():
     library = Path(load_extension().__file__)
     built = read_info(library)["cuda"] is not None
     assert built == (extension.build_info()["cuda"] is not None)
-    norms = [
-        (norm, f"{norm}_out", f"_{norm}_forward", f"_{norm}_backward") for norm in ("layer_norm", "add_layer_norm")
-    ]
-    for name in (*norms[0], *norms[1], "residual_add", "residual_add_out", "_residual_add_backward"):
+    norms = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "_norm_forward", "_norm_backward", "_norm_out")
+    for name in (*norms, "residual_add", "residual_add_out", "_residual_add_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnorm::{name}", "CUDA") == built
 
 
@@ -200,14 +189,15 @@ def test_torch_dispatch_modes_see_one_operator_forward_and_one_backward(case):
     with DispatchSpy() as spy:
         outputs = case.ours(leaves)
     ours = [name for name in spy.seen if name.startswith("resnorm")]
-    public = f"resnorm.{case.operator}.default"
-    assert ours == [f"resnorm._{case.operator}_forward.default" if case.normalizes else public]
+    forward = "resnorm._norm_forward.default" if case.normalizes else f"resnorm.{case.operator}.default"
+    backward = f"resnorm._{'norm' if case.normalizes else case.operator}_backward.default"
+    assert ours == [forward]
     with DispatchSpy() as spy:
         torch.autograd.grad(outputs, leaves.values(), [torch.ones_like(o) for o in outputs])
-    assert [name for name in spy.seen if name.startswith("resnorm")] == [f"resnorm._{case.operator}_backward.default"]
+    assert [name for name in spy.seen if name.startswith("resnorm")] == [backward]
     with torch.no_grad(), DispatchSpy() as spy:
         case.ours(leaves)
-    assert [name for name in spy.seen if name.startswith("resnorm")] == [public]
+    assert [name for name in spy.seen if name.startswith("resnorm")] == [forward]
 
 
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)

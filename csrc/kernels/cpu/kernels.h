@@ -17,13 +17,11 @@ using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, RangeBody b
 // One instruction set's kernels, a family at a time. A family's source file is compiled once per instruction set, with
 // the set's name in RESNORM_ISA, and its table is all that leaves that translation unit.
 struct NormForwardKernels {
-  void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
-  void (*add_layer_norm_forward)(const AddLayerNormForward&, ParallelFor);
+  void (*norm_forward)(const NormForward&, ParallelFor);
 };
 
 struct NormBackwardKernels {
-  void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
-  void (*add_layer_norm_backward)(const AddLayerNormBackward&, ParallelFor);
+  void (*norm_backward)(const NormBackward&, ParallelFor);
 };
 
 struct ResidualAddKernels {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The backward pass of add_layer_norm, and of layer_norm, which is the same without dropout and grad_sum.
+// The norms, backward; without a residual there is no dropout and no grad_sum.
 //
-// With x = (s - mean) * rstd and g = grad_output * weight, a row's gradient is
-//   grad_residual = grad_sum + rstd * (g - sum(g) / N - x * sum(g x) / N)
+// With x = (s - mean) * rstd and g = grad_output * weight, the gradient of a row's sum is
+//   grad_sum + rstd * (g - sum(g) / N - x * sum(g x) / N)
 // and grad_weight = sum over rows of grad_output x, grad_bias = sum over rows of grad_output. With d = s - mean, the
 // first sweep over a row sums g, g d and d, which gives delta, the distance of the row's mean from `mean`: what float32
-// does not hold of it and, where the sum was rounded to be stored, what that rounding did to it. The second sweep, from
-// the first cache, writes everything. Rows go by groups: weight and column sums are loaded and stored once for all.
+// does not hold of it and, where the sum was rounded to be stored, what that rounding did to it. Where a norm is not
+// centered, d = s, delta = 0, and sum(g) and grad_bias fall away. The second sweep, from the first cache, writes
+// everything. Rows go by groups: weight and column sums are loaded and stored once for all.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-enum NormColumnSum { kGradWeight, kGradBias };  // and grad_input_bias, the last, where there is a branch
+// The column sums in their order: grad_weight, grad_bias where centered, grad_input_bias where there is a branch.
+constexpr int norm_column_sums(bool centered, bool has_branch) { return 1 + centered + has_branch; }
 
 // G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
 template <class G, class S, int kRows>
@@ -41,7 +43,7 @@ struct NormBackwardTerms {
   Acc delta, scale, offset;
 };
 
-template <class G, class S, int kRows, class Acc>
+template <bool kCentered, class G, class S, int kRows, class Acc>
 RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& rows, std::int64_t cols, const Acc* weight,
                                        NormBackwardTerms<Acc> (&terms)[kRows]) {
   using V = Vec<Acc>;
@@ -54,16 +56,23 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
       const V w = V::load(weight + i, lanes);
       unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
         const V g = V::load(rows.grad_output[k] + i, lanes) * w;
-        const V d = (V::load(rows.sum[k] + i, lanes) - V::broadcast(rows.mean[k])).only(lanes);
-        g_sums[k][slot] = g_sums[k][slot] + g;
-        gd_sums[k][slot] = fma(g, d, gd_sums[k][slot]);
-        d_sums[k][slot] = d_sums[k][slot] + d;
+        const V s = V::load(rows.sum[k] + i, lanes);
+        if constexpr (kCentered) {
+          const V d = (s - V::broadcast(rows.mean[k])).only(lanes);
+          g_sums[k][slot] = g_sums[k][slot] + g;
+          gd_sums[k][slot] = fma(g, d, gd_sums[k][slot]);
+          d_sums[k][slot] = d_sums[k][slot] + d;
+        } else {
+          gd_sums[k][slot] = fma(g, s.only(lanes), gd_sums[k][slot]);
+        }
       });
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      g_totals[k] += total(g_sums[k]);
       gd_totals[k] += total(gd_sums[k]);
-      d_totals[k] += total(d_sums[k]);
+      if constexpr (kCentered) {
+        g_totals[k] += total(g_sums[k]);
+        d_totals[k] += total(d_sums[k]);
+      }
     });
   });
   const double reciprocal_cols = 1.0 / static_cast<double>(cols);
@@ -75,7 +84,8 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
   });
 }
 
-template <bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc, int kSums>
+template <bool kCentered, bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc,
+          int kSums>
 RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
                                         const Acc* weight, const NormBackwardTerms<Acc> (&terms)[kRows],
                                         const DropoutRows& dropout, Acc* const (&sums)[kSums]) {
@@ -84,14 +94,14 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
   const NormBackwardGroup<G, S, kRows> rows = group;
   V means[kRows], rstds[kRows], deltas[kRows], scales[kRows], offsets[kRows];
   unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-    means[k] = V::broadcast(rows.mean[k]);
+    if constexpr (kCentered) means[k] = V::broadcast(rows.mean[k]);
     rstds[k] = V::broadcast(rows.rstd[k]);
     deltas[k] = V::broadcast(terms[k].delta);
     scales[k] = V::broadcast(terms[k].scale);
     offsets[k] = V::broadcast(terms[k].offset);
   });
-  Acc* const weight_sums = sums[kGradWeight];
-  Acc* const bias_sums = sums[kGradBias];
+  Acc* const weight_sums = sums[0];
+  Acc* const bias_sums = kCentered ? sums[1] : nullptr;
   Acc* const input_bias_sums = kHasBranch ? sums[kSums - 1] : nullptr;
   const V dropout_scale = V::broadcast(static_cast<Acc>(dropout.scale));
   const std::uint32_t threshold = dropout.threshold;
@@ -104,11 +114,11 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
     // The group's rows are summed before they join the running sums: fewer roundings of the large numbers.
     V weight_sum = {}, bias_sum = {}, input_bias_sum = {}, grads[kRows], branches[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V d = V::load(rows.sum[k] + i, lanes) - means[k] - deltas[k];
+      const V s = V::load(rows.sum[k] + i, lanes), d = kCentered ? s - means[k] - deltas[k] : s;
       const V grad_output = V::load(rows.grad_output[k] + i, lanes), scaled = grad_output * rstds[k];
       weight_sum = k == 0 ? scaled * d : fma(scaled, d, weight_sum);
-      bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
-      grads[k] = fma(scaled, w, fma(d, scales[k], offsets[k]));
+      if constexpr (kCentered) bias_sum = k == 0 ? grad_output : bias_sum + grad_output;
+      grads[k] = fma(scaled, w, kCentered ? fma(d, scales[k], offsets[k]) : d * scales[k]);
       if constexpr (kHasGradSum) grads[k] = grads[k] + V::load(rows.grad_sum[k] + i, lanes);
       if constexpr (kHasBranch) {
         branches[k] = (grads[k] * dropout_scale).keep(rows.draws[k] + i, threshold);
@@ -120,7 +130,7 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
     const auto add = [&](Acc* running, V sum)
                          RESNORM_INLINE_LAMBDA { (V::load(running + i, lanes) + sum).store(running + i, lanes); };
     add(weight_sums, weight_sum);
-    add(bias_sums, bias_sum);
+    if constexpr (kCentered) add(bias_sums, bias_sum);
     if constexpr (kHasBranch) add(input_bias_sums, input_bias_sum);
   });
 }
@@ -131,7 +141,7 @@ class NormBackwardRows {
  public:
   using Acc = Accumulation<G, S>;
 
-  NormBackwardRows(const AddLayerNormBackward& a, const Dropout& dropout, RowBuffers& buffers)
+  NormBackwardRows(const NormBackward& a, const Dropout& dropout, RowBuffers& buffers)
       : dropout(dropout, a.cols, buffers, kRowsPerGroup),
         grad_residual(a.grad_residual, a.cols, buffers, kRowsPerGroup),
         grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup),
@@ -154,7 +164,7 @@ class NormBackwardRows {
       rows.grad_residual[k] = grad_residual.row(row, k);
       rows.grad_input[k] = grad_input.row(row, k);
       rows.draws[k] = dropout.row(row, k);
-      rows.mean[k] = mean_[row];
+      if (mean_ != nullptr) rows.mean[k] = mean_[row];
       rows.rstd[k] = rstd_[row];
     });
     return rows;
@@ -170,12 +180,13 @@ class NormBackwardRows {
   const Acc *mean_, *rstd_;
 };
 
-// All blocks of rows, for one pair of types. kHasBranch: a gradient behind the dropout is wanted.
-template <class G, class S, bool kHasGradSum, bool kHasBranch>
-void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
+// All blocks of rows, for one pair of types. kHasBranch: a gradient behind the dropout is wanted, grad_input or
+// grad_input_bias, beside that of the sum, grad_residual.
+template <bool kCentered, class G, class S, bool kHasGradSum, bool kHasBranch>
+void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
   using Acc = Accumulation<G, S>;
-  constexpr int kSums = kHasBranch ? 3 : 2;
-  const Vector gradients[] = {a.grad_weight, a.grad_bias, a.grad_input_bias};
+  constexpr int kSums = norm_column_sums(kCentered, kHasBranch);
+  const Vector gradients[] = {a.grad_weight, kCentered ? a.grad_bias : a.grad_input_bias, a.grad_input_bias};
   const ColumnSums<Acc, kSums> column_sums(gradients, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
@@ -190,9 +201,10 @@ void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
       for_each_group(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
         const auto group = operands.template group<count>(first);
         NormBackwardTerms<Acc> terms[count];
-        norm_backward_sums(group, a.cols, weight, terms);
+        norm_backward_sums<kCentered>(group, a.cols, weight, terms);
         with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
-          norm_backward_apply<kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms, operands.dropout, sums);
+          norm_backward_apply<kCentered, kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms,
+                                                                           operands.dropout, sums);
         });
         for (int k = 0; k < count; ++k) {
           operands.grad_residual.commit(first + k, k);
@@ -206,25 +218,35 @@ void norm_backward_as(const AddLayerNormBackward& a, ParallelFor parallel_for) {
   column_sums.finish(parallel_for);
 }
 
-template <class G, class S>
-void norm_backward_with(const AddLayerNormBackward& a, ParallelFor parallel_for) {
-  const bool branch = a.grad_input.data != nullptr || a.grad_input_bias.data != nullptr;
+template <bool kCentered, class G, class S>
+void norm_backward_with(NormBackward a, ParallelFor parallel_for) {
+  const bool branch = a.grad_input_bias.data != nullptr ||
+                      (a.grad_input.data != nullptr && (a.grad_residual.data != nullptr || a.dropout.threshold > 0 ||
+                                                        a.grad_input.dtype != a.sum.dtype));
+  // Where nothing lies between the sum and the input, they have one gradient.
+  if (!branch && a.grad_input.data != nullptr) a.grad_residual = a.grad_input, a.grad_input = {};
   if (a.grad_sum.data != nullptr) {
-    branch ? norm_backward_as<G, S, true, true>(a, parallel_for) : norm_backward_as<G, S, true, false>(a, parallel_for);
+    branch ? norm_backward_as<kCentered, G, S, true, true>(a, parallel_for)
+           : norm_backward_as<kCentered, G, S, true, false>(a, parallel_for);
   } else {
-    branch ? norm_backward_as<G, S, false, true>(a, parallel_for)
-           : norm_backward_as<G, S, false, false>(a, parallel_for);
+    branch ? norm_backward_as<kCentered, G, S, false, true>(a, parallel_for)
+           : norm_backward_as<kCentered, G, S, false, false>(a, parallel_for);
   }
 }
 
-inline void norm_backward(const AddLayerNormBackward& a, ParallelFor parallel_for) {
-  auto* run = any_float64(a.grad_output, a.sum) ? norm_backward_with<double, double> : norm_backward_with<float, float>;
+template <class G, class S>
+void norm_backward_of(const NormBackward& a, ParallelFor parallel_for) {
+  a.centered ? norm_backward_with<true, G, S>(a, parallel_for) : norm_backward_with<false, G, S>(a, parallel_for);
+}
+
+inline void norm_backward(const NormBackward& a, ParallelFor parallel_for) {
+  auto* run = any_float64(a.grad_output, a.sum) ? norm_backward_of<double, double> : norm_backward_of<float, float>;
   if constexpr (kHasHalfLoops) {
     const auto add_half = [&](auto tag) {
       using Half = typename decltype(tag)::Type;
       if (!all_are<Half>(a.grad_output, a.grad_input)) return;
-      if (all_are<float>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_with<Half, float>;
-      if (all_are<Half>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_with<Half, Half>;
+      if (all_are<float>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_of<Half, float>;
+      if (all_are<Half>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_of<Half, Half>;
     };
     add_half(Tag<BFloat16>{});
     add_half(Tag<Float16>{});

@@ -37,7 +37,7 @@ struct NextResidualRows {
   const Residual* residual[kRows];
 };
 
-// Reads the operands that add_layer_norm and residual_add have in common.
+// Reads the operands that the norms of a sum and residual_add have in common.
 template <class Input, class Residual, class Acc>
 class ResidualSumRows {
  public:

@@ -124,7 +124,7 @@ class RowWriter {
   bool may_stream(std::int64_t rows, int matrices) const {
     const auto bytes = static_cast<std::uintptr_t>(rows_.row_stride) * sizeof(T);
     return buffer_ == nullptr && (reinterpret_cast<std::uintptr_t>(rows_.data) | bytes) % kLineBytes == 0 &&
-           rows >= kStreamedBytes / static_cast<std::int64_t>(sizeof(T)) / matrices / cols_;
+           rows >= streamed_bytes() / static_cast<std::int64_t>(sizeof(T)) / matrices / cols_;
   }
 
   RESNORM_INLINE void commit(std::int64_t row, int slot = 0) const {

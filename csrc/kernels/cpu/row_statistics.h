@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Mean and variance of rows, exact where one-sweep formulas are not: for rows far from zero.
+// Statistics of rows: mean and variance where a norm is centered, else the mean of the squares, for which the sums
+// below are taken about 0.
 //
-// With a base near the mean, the mean of a row's first vector, one sweep sums d = x - base and d^2, of numbers as small
-// as the row's deviations. Where the first vector turns out to be unlike its row, the sweep is repeated from the mean.
-// A constant row's mean is exact.
+// Mean and variance are exact where one-sweep formulas are not: for rows far from zero. With a base near the mean, the
+// mean of a row's first vector, one sweep sums d = x - base and d^2, of numbers as small as the row's deviations. Where
+// the first vector turns out to be unlike its row, the sweep is repeated from the mean. A constant row's mean is exact.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,9 @@ struct Moments {
   double deviations = 0, squares = 0;
 };
 
-// The sums in the making. Long rows are summed in pieces: see for_each_piece.
-template <class Acc>
+// The sums in the making. Long rows are summed in pieces: see for_each_piece. A norm that is not centered needs those
+// of the squares alone.
+template <bool kCentered, class Acc>
 class MomentSums {
  public:
   using V = Vec<Acc>;
@@ -34,13 +36,13 @@ class MomentSums {
 
   template <class Lanes>
   RESNORM_INLINE void add(int slot, V x, Lanes lanes) {
-    const V deviation = (x - base_).only(lanes);
-    deviations_[slot] = deviations_[slot] + deviation;
+    const V deviation = (kCentered ? x - base_ : x).only(lanes);
+    if constexpr (kCentered) deviations_[slot] = deviations_[slot] + deviation;
     squares_[slot] = fma(deviation, deviation, squares_[slot]);
   }
 
   RESNORM_INLINE void end_piece() {
-    moments_.deviations += total(deviations_);
+    if constexpr (kCentered) moments_.deviations += total(deviations_);
     moments_.squares += total(squares_);
     unrolled<kSlots>([&](auto slot) RESNORM_INLINE_LAMBDA { deviations_[slot] = squares_[slot] = V{}; });
   }
@@ -54,7 +56,7 @@ class MomentSums {
 
 template <class Acc, class T>
 RESNORM_NOINLINE Moments<Acc> moments_about(Acc base, const T* row, std::int64_t cols) {
-  using Sums = MomentSums<Acc>;
+  using Sums = MomentSums<true, Acc>;
   Sums sums;
   sums.set_base(base);
   for_each_piece<Acc, Sums::kSlots>(cols, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
@@ -66,11 +68,17 @@ RESNORM_NOINLINE Moments<Acc> moments_about(Acc base, const T* row, std::int64_t
   return sums.moments();
 }
 
-// x - mean - delta is a deviation: delta is what the mean's type cannot hold of it.
+// x - mean - delta is a deviation: delta is what the mean's type cannot hold of it. Both are 0 where a norm is not
+// centered.
 template <class Acc>
 struct RowStatistics {
   Acc mean, delta, rstd;
 };
+
+template <class Acc>
+RESNORM_INLINE Acc reciprocal_deviation(double variance, double eps) {
+  return static_cast<Acc>(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps));
+}
 
 // From its moments; a row's values can be read at `row`. A handful of double operations a row, where float ones would
 // leave the same relative error in every element.
@@ -84,22 +92,23 @@ RESNORM_INLINE RowStatistics<Acc> statistics_from(Moments<Acc> moments, const T*
     moments = moments_about(static_cast<Acc>(moments.base + offset()), row, cols);
   }
   const Acc mean = static_cast<Acc>(moments.base + offset());
-  return {mean, static_cast<Acc>((moments.base - mean) + offset()),
-          static_cast<Acc>(1.0 / __builtin_sqrt((variance() < 0.0 ? 0.0 : variance()) + eps))};
+  return {mean, static_cast<Acc>((moments.base - mean) + offset()), reciprocal_deviation<Acc>(variance(), eps)};
 }
 
 // value(k, i, lanes) is a vector of row k, asked for once each and in order; from then on it can be read at rows[k] +
 // i.
-template <class Acc, int kRows, class Pointer, class Value>
+template <bool kCentered, class Acc, int kRows, class Pointer, class Value>
 RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& value, const Pointer (&rows)[kRows],
                                    RowStatistics<Acc> (&statistics)[kRows]) {
   using V = Vec<Acc>;
-  using Sums = MomentSums<Acc>;
+  using Sums = MomentSums<kCentered, Acc>;
   Sums sums[kRows];
   const auto start = [&](auto lanes) RESNORM_INLINE_LAMBDA {
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const V x = value(k, 0, lanes);
-      sums[k].set_base(kSame<decltype(lanes), AllLanes> ? x.sum() * (Acc(1) / V::kSize) : x.first());
+      if constexpr (kCentered) {
+        sums[k].set_base(kSame<decltype(lanes), AllLanes> ? x.sum() * (Acc(1) / V::kSize) : x.first());
+      }
       sums[k].add(0, x, lanes);
     });
   };
@@ -111,13 +120,19 @@ RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& v
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { sums[k].end_piece(); });
   });
-  unrolled<kRows>(
-      [&](auto k) RESNORM_INLINE_LAMBDA { statistics[k] = statistics_from(sums[k].moments(), rows[k], cols, eps); });
+  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+    if constexpr (kCentered) {
+      statistics[k] = statistics_from(sums[k].moments(), rows[k], cols, eps);
+    } else {
+      statistics[k] = {0, 0, reciprocal_deviation<Acc>(sums[k].moments().squares / static_cast<double>(cols), eps)};
+    }
+  });
 }
 
-// output = (x - mean) * rstd * weight + bias. `also(k, i, x, lanes)` sees every vector before its output is written;
-// `prefetch(k, i)` is called beside every vector: this sweep reads from the caches and leaves the memory idle.
-template <bool kStream, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
+// output = (x - mean) * rstd * weight + bias, or x * rstd * weight where a norm is not centered. `also(k, i, x, lanes)`
+// sees every vector before its output is written; `prefetch(k, i)` is called beside every vector: this sweep reads from
+// the caches and leaves the memory idle.
+template <bool kCentered, bool kStream, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
 RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t cols,
                                    const RowStatistics<Acc> (&statistics)[kRows], const Acc* weight, const Acc* bias,
                                    Out* const (&outputs)[kRows], const Also& also, const Prefetch& prefetch) {
@@ -130,12 +145,18 @@ RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t co
   });
   for_each_vector<Acc, 2>(cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { prefetch(k, i); });
-    const V w = V::load(weight + i, lanes), b = V::load(bias + i, lanes);
+    const V w = V::load(weight + i, lanes);
+    V b;
+    if constexpr (kCentered) b = V::load(bias + i, lanes);
     V values[kRows];
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
       const V x = V::load(rows[k] + i, lanes);
       also(k, i, x, lanes);
-      values[k] = fma(fma(x - means[k], rstds[k], shifts[k]), w, b);
+      if constexpr (kCentered) {
+        values[k] = fma(fma(x - means[k], rstds[k], shifts[k]), w, b);
+      } else {
+        values[k] = x * rstds[k] * w;
+      }
     });
     put_rows<kStream>(values, outputs, i, lanes);
   });

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "workspace.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -36,6 +38,14 @@ void* thread_buffer(std::size_t index, std::size_t bytes) {
     buffer.bytes = bytes;
   }
   return buffer.memory.get();
+}
+
+std::int64_t streamed_bytes() {
+  static const std::int64_t bytes = [] {
+    constexpr std::int64_t kLeast = 1024 * 1024, kMost = 4 * 1024 * 1024;  // where a system says nothing, or nonsense
+    return 6 * std::clamp<std::int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), kLeast, kMost);
+  }();
+  return bytes;
 }
 
 std::size_t free_thread_buffers() {

@@ -10,41 +10,50 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<float>);
-RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, Float32Stream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, WideningStream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(extern, SameStream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(extern, Float32Stream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(extern, WideningStream<__half>);
+#define RESNORM_COMPILED_ELSEWHERE(...)                   \
+  RESNORM_NORM_BACKWARD_TYPES(extern, true, __VA_ARGS__); \
+  RESNORM_NORM_BACKWARD_TYPES(extern, false, __VA_ARGS__)
+RESNORM_COMPILED_ELSEWHERE(SameStream<float>);
+RESNORM_COMPILED_ELSEWHERE(SameStream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(Float32Stream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(WideningStream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(SameStream<__half>);
+RESNORM_COMPILED_ELSEWHERE(Float32Stream<__half>);
+RESNORM_COMPILED_ELSEWHERE(WideningStream<__half>);
 
 namespace {
 
 using KernelOfPlan = NormBackwardKernel (*)(const Plan& plan, const NormBackwardOptions& options);
 
 // The kernels for these types; none for a rare combination.
-KernelOfPlan kernels_for(const AddLayerNormBackward& a) {
+KernelOfPlan kernels_for(const NormBackward& a) {
   const DType gradient = a.grad_output.dtype;
   const DType residual = a.grad_residual.data == nullptr ? a.sum.dtype : a.grad_residual.dtype;
   const bool inputs_differ = a.grad_input.data != nullptr && a.grad_input.dtype != gradient;
   const bool sums_differ = a.grad_sum.data != nullptr && a.grad_sum.dtype != a.sum.dtype;
   if (inputs_differ || sums_differ) return nullptr;
-  return with_stream<KernelOfPlan>(gradient, residual, a.sum.dtype,
-                                   []<class Types>() -> KernelOfPlan { return norm_backward_kernel<Types>; });
+  return with_stream<KernelOfPlan>(gradient, residual, a.sum.dtype, [&]<class Types>() -> KernelOfPlan {
+    if (a.centered) return norm_backward_kernel<true, Types>;
+    return norm_backward_kernel<false, Types>;
+  });
 }
 
-NormBackwardOptions options_of(const AddLayerNormBackward& a, bool adds) {
-  return {adds, a.dropout.threshold > 0, a.grad_input_bias.data != nullptr};
+bool has_input_bias(const NormBackward& a) { return a.grad_input_bias.data != nullptr; }
+
+NormBackwardOptions options_of(const NormBackward& a) {
+  const bool drops = a.dropout.threshold > 0;
+  const bool adds = a.grad_sum.data != nullptr || a.grad_residual.data != nullptr || drops || has_input_bias(a);
+  return {adds, drops, has_input_bias(a)};
 }
 
-int vector_of(const AddLayerNormBackward& a) { return kVectorBytes / size_of(a.grad_output.dtype); }
+int vector_of(const NormBackward& a) { return kVectorBytes / size_of(a.grad_output.dtype); }
 
 // Of an element of each matrix that is read, together.
-int row_bytes_of(const AddLayerNormBackward& a) {
+int row_bytes_of(const NormBackward& a) {
   return size_of(a.grad_output.dtype) + size_of(a.sum.dtype) * (a.grad_sum.data == nullptr ? 1 : 2);
 }
 
-Alignment alignment_of(const AddLayerNormBackward& a) {
+Alignment alignment_of(const NormBackward& a) {
   return Alignment(a.rows, vector_of(a))
       .with(a.grad_output)
       .with(a.sum)
@@ -53,33 +62,31 @@ Alignment alignment_of(const AddLayerNormBackward& a) {
       .with(a.grad_residual);
 }
 
-bool is_float64(const AddLayerNormBackward& a) {
+bool is_float64(const NormBackward& a) {
   return a.sum.dtype == DType::kFloat64 || a.grad_output.dtype == DType::kFloat64;
 }
 
-int sums_of(const AddLayerNormBackward& a) { return a.grad_input_bias.data == nullptr ? 2 : 3; }
-
-LaunchShape shape_of(const AddLayerNormBackward& a, const Plan& plan) {
-  const int slots = plan.groups() * 2 * RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, 3);
+LaunchShape shape_of(const NormBackward& a, const Plan& plan) {
+  const int slots =
+      plan.groups() * 2 * RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, backward_row_sums(a.centered));
   return {plan.parts * plan.cluster, plan.cluster, plan.threads,
           staging_of(plan, vector_of(a), row_bytes_of(a)).total_bytes + slots * static_cast<int>(sizeof(float))};
 }
 
-Plan any_plan(const AddLayerNormBackward& a, const Device& device) {
+Plan any_plan(const NormBackward& a, const Device& device) {
   return {.any = true, .parts = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors))};
 }
 
 template <class Value>
-cudaError_t launch_any(const AddLayerNormBackward& a, int parts, const std::int64_t* seed, cudaStream_t stream) {
-  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, 3);
+cudaError_t launch_any(const NormBackward& a, int parts, const std::int64_t* seed, cudaStream_t stream) {
+  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, backward_row_sums(true));
   const LaunchShape shape = {parts, 1, kAnyThreads, values * static_cast<int>(sizeof(Value))};
   return launch<norm_backward_any<Value>>(shape, stream, a, seed);
 }
 
-cudaError_t launch_planned(const AddLayerNormBackward& a, bool adds, const Plan& plan, const std::int64_t* seed,
-                           cudaStream_t stream) {
+cudaError_t launch_planned(const NormBackward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
   const Staging staging = staging_of(plan, vector_of(a), row_bytes_of(a));
-  const auto kernel = kernels_for(a)(plan, options_of(a, adds));
+  const auto kernel = kernels_for(a)(plan, options_of(a));
   return kernel.launch(shape_of(a, plan), stream,
                        {.x = a.sum.data,
                         .grad_output = a.grad_output.data,
@@ -110,7 +117,7 @@ cudaError_t launch_planned(const AddLayerNormBackward& a, bool adds, const Plan&
 
 }  // namespace
 
-Plan norm_backward_plan(const AddLayerNormBackward& a, bool adds, const Device& device) {
+Plan norm_backward_plan(const NormBackward& a, const Device& device) {
   const Alignment alignment = alignment_of(a);
   const auto weight = ParameterTypes(a.grad_output.dtype).with(a.weight);
   const auto kernels = kernels_for(a);
@@ -123,7 +130,7 @@ Plan norm_backward_plan(const AddLayerNormBackward& a, bool adds, const Device& 
   std::int64_t most = device.multiprocessors;
   if (plan.cluster > 1) {
     int clusters = 0;
-    const auto count = kernels(plan, options_of(a, adds)).count_resident_clusters;
+    const auto count = kernels(plan, options_of(a)).count_resident_clusters;
     if (count(shape_of(a, plan), device, clusters) != cudaSuccess || clusters == 0) return any_plan(a, device);
     most = clusters;
   }
@@ -134,22 +141,24 @@ Plan norm_backward_plan(const AddLayerNormBackward& a, bool adds, const Device& 
   return plan;
 }
 
-std::size_t norm_backward_workspace_bytes(const AddLayerNormBackward& a, const Plan& plan) {
-  return static_cast<std::size_t>(plan.parts) * static_cast<std::size_t>(sums_of(a)) *
-         static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
+std::size_t norm_backward_workspace_bytes(const NormBackward& a, const Plan& plan) {
+  const auto sums = static_cast<std::size_t>(backward_column_sums(a.centered, has_input_bias(a)));
+  return static_cast<std::size_t>(plan.parts) * sums * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
 }
 
-cudaError_t norm_backward(const AddLayerNormBackward& a, bool adds, const Plan& plan, const std::int64_t* seed,
-                          cudaStream_t stream) {
-  const auto error = !plan.any       ? launch_planned(a, adds, plan, seed, stream)
+cudaError_t norm_backward(const NormBackward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
+  const auto error = !plan.any       ? launch_planned(a, plan, seed, stream)
                      : is_float64(a) ? launch_any<double>(a, plan.parts, seed, stream)
                                      : launch_any<float>(a, plan.parts, seed, stream);
   if (error != cudaSuccess) return error;
-  const bool has_bias_sums = a.grad_input_bias.data != nullptr;
   const auto finish = [&](std::initializer_list<Vector> gradients) {
     return finish_column_sums(a.workspace, is_float64(a), plan.parts, a.cols, gradients, stream);
   };
-  return has_bias_sums ? finish({a.grad_weight, a.grad_bias, a.grad_input_bias}) : finish({a.grad_weight, a.grad_bias});
+  if (a.centered) {
+    return has_input_bias(a) ? finish({a.grad_weight, a.grad_bias, a.grad_input_bias})
+                             : finish({a.grad_weight, a.grad_bias});
+  }
+  return has_input_bias(a) ? finish({a.grad_weight, a.grad_input_bias}) : finish({a.grad_weight});
 }
 
 }  // namespace resnorm::cuda

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The backward pass of norm_forward.cuh: with x the sum (layer_norm's input), n = (x - mean) * rstd and g the weighted
-// gradient of the output,
+// The backward pass of norm_forward.cuh: with x the sum and g = grad_output * weight,
 //
-//   grad_residual = grad_sum + rstd * (g - mean of g - n * mean of g * n),  grad_input = dropout'(grad_residual),
+//   centered:  n = (x - mean) * rstd,  grad_residual = grad_sum + rstd * (g - mean of g - n * mean of g * n),
+//   else:      n = x * rstd,           grad_residual = grad_sum + rstd * (g - n * mean of g * n),
 //
-// and the columns' sums grad_weight = sum of grad_output * n, grad_bias = sum of grad_output, grad_input_bias = sum of
-// grad_input, as float32 partial sums, one row of them a block (a cluster); column_sums_finish adds those.
+// grad_input = dropout'(grad_residual), and the columns' sums grad_weight = sum of grad_output * n, where centered
+// grad_bias = sum of grad_output, and grad_input_bias = sum of grad_input, as float32 partial sums, one row of them a
+// block (a cluster); column_sums_finish adds those.
 //
 // Persistent blocks, cut into groups of threads that share a row. A thread owns the same columns of every row, so the
 // columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kBackwardStages rounds
 // ahead. What is staged is private: a thread reads only what it copied itself, so no barrier orders it, and refills it
 // as soon as its results are written. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
-// as far as present) + 8 * rows + the partial sums.
+// as far as present) + rows * (mean and rstd, as far as present) + the partial sums.
 //
 // Where rows do not start at multiples of a vector, those of one block are kVector rows apart: all of them start at the
 // same element of a vector, so that a thread owns the same columns in each.
 //
-// Numerics, as on the CPU: the mean is corrected by delta = sum(x - mean) / N, taken along in the first sweep.
+// Numerics, as on the CPU: a mean is corrected by delta = sum(x - mean) / N, taken along in the first sweep.
 #pragma once
 
 #include "column_sums.cuh"
@@ -31,7 +32,7 @@ struct NormBackwardArguments {
   const void *x, *grad_output, *grad_sum, *weight;
   const float *mean, *rstd;
   void *grad_input, *grad_residual;
-  float* partials;  // [blocks or clusters][2, or 3 with grad_input_bias][cols]
+  float* partials;  // [blocks or clusters][backward_column_sums][cols]
   const std::int64_t* seed;
   std::int64_t rows, x_stride, grad_output_stride, grad_sum_stride, grad_input_stride, grad_residual_stride;
   int cols, row_threads, stage_bytes, staged_bytes;  // of all threads: one stage, and all of them
@@ -92,8 +93,8 @@ class StagedRow {
 // kWarpRow: a row's threads are one warp; else `row_threads`, a multiple of 32, of each block of the cluster.
 // Types: a Stream. kShifted: rows do not start and end at multiples of a vector; the blocks (clusters) are a multiple
 // of kVector then.
-template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
-          bool kInputBias>
+template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kShifted, bool kCentered, bool kAdds,
+          bool kDrops, bool kInputBias>
 RESNORM_KERNEL(kShifted ? kShiftedBackwardThreads : kBackwardThreads, 1)
 norm_backward(const NormBackwardArguments a) {
   using Gradient = typename Types::Branch;
@@ -101,7 +102,7 @@ norm_backward(const NormBackwardArguments a) {
   using Sum = typename Types::Sum;
   using StagedX = StagedRow<Sum, kVector, kItems>;
   using StagedGradient = StagedRow<Gradient, kVector, kItems>;
-  constexpr int kSums = kInputBias ? 3 : 2;
+  constexpr int kSums = backward_column_sums(kCentered, kInputBias), kRowSums = backward_row_sums(kCentered);
   const int row_threads = kWarpRow ? 32 : kCluster ? block_threads() : a.row_threads;
   const int groups = kCluster ? 1 : block_threads() / row_threads;
   const int group_index = kCluster ? 0 : thread_index() / row_threads, blocks = kCluster ? cluster_blocks() : 1;
@@ -122,7 +123,7 @@ norm_backward(const NormBackwardArguments a) {
   const auto staged_grad_sum = [&](int stage) {
     return staged_gradient(stage) + StagedGradient::kBytes * block_threads();
   };
-  const int slot_size = decltype(group)::slot_size(row_threads, blocks, 3);
+  const int slot_size = decltype(group)::slot_size(row_threads, blocks, kRowSums);
   float* const slots = reinterpret_cast<float*>(shared_memory() + a.staged_bytes) + group_index * 2 * slot_size;
 
   const auto column_of = [&](int i) { return first_column + i * step + group.thread * kVector; };
@@ -158,7 +159,7 @@ norm_backward(const NormBackwardArguments a) {
   for (std::int64_t first_row = part_row; first_row < a.rows; first_row += row_step) {
     const std::int64_t row = first_row + group_index * kApart;
     const bool live = row < a.rows;
-    const float mean = live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
+    const float mean = kCentered && live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
     const auto read = [&](int i, float (&x)[kVector], float (&gradient)[kVector], float (&weighted)[kVector]) {
       StagedX::read(staged_x(stage), i, x);
       StagedGradient::read(staged_gradient(stage), i, gradient);
@@ -174,7 +175,7 @@ norm_backward(const NormBackwardArguments a) {
     };
 
     async_wait<kBackwardStages - 1>();
-    float totals[3] = {0.0F, 0.0F, 0.0F};  // of g, g * (x - mean), x - mean
+    float totals[kRowSums] = {};  // of g * (x - mean), g, x - mean; the first alone where the mean is 0
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!live || column_of(i) >= a.cols) continue;
@@ -182,15 +183,21 @@ norm_backward(const NormBackwardArguments a) {
       read(i, x, gradient, weighted);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
-        totals[0] += weighted[k];
-        totals[1] += weighted[k] * x[k];
-        const auto column = static_cast<unsigned>(column_of(i) + k);  // a column before the row is a huge one
-        totals[2] += kShifted && column >= static_cast<unsigned>(a.cols) ? 0.0F : x[k];  // there alone all count
+        totals[0] += weighted[k] * x[k];
+        if constexpr (kCentered) {
+          totals[1] += weighted[k];
+          const auto column = static_cast<unsigned>(column_of(i) + k);  // a column before the row is a huge one
+          totals[2] += kShifted && column >= static_cast<unsigned>(a.cols) ? 0.0F : x[k];  // there alone all count
+        }
       }
     }
     group.sum(totals, slots + stage * slot_size);
-    const float delta = totals[2] * a.reciprocal_cols, mean_g = totals[0] * a.reciprocal_cols;
-    const float mean_gn = (totals[1] - delta * totals[0]) * rstd * a.reciprocal_cols;
+    float delta = 0.0F, mean_g = 0.0F;
+    if constexpr (kCentered) {
+      delta = totals[2] * a.reciprocal_cols, mean_g = totals[1] * a.reciprocal_cols;
+      totals[0] -= delta * totals[1];
+    }
+    const float mean_gn = totals[0] * rstd * a.reciprocal_cols;
 
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -208,8 +215,12 @@ norm_backward(const NormBackwardArguments a) {
         for (int k = 0; k < kVector; ++k) {
           const float normalized = (x[k] - delta) * rstd;
           sums[0][i][k] += gradient[k] * normalized;
-          sums[1][i][k] += gradient[k];
-          result[k] += (weighted[k] - mean_g - normalized * mean_gn) * rstd;
+          if constexpr (kCentered) {
+            sums[1][i][k] += gradient[k];
+            result[k] += (weighted[k] - mean_g - normalized * mean_gn) * rstd;
+          } else {  // grouped so, nothing spills on sm_100
+            result[k] += weighted[k] * rstd - normalized * (mean_gn * rstd);
+          }
         }
         if (kAdds && a.grad_residual != nullptr) {
           auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
@@ -222,7 +233,7 @@ norm_backward(const NormBackwardArguments a) {
         }
         if constexpr (kInputBias) {
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) sums[2][i][k] += result[k];
+          for (int k = 0; k < kVector; ++k) sums[kSums - 1][i][k] += result[k];
         }
       }
       fetch(row + kBackwardStages * row_step, stage, i);

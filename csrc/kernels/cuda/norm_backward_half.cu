@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, SameStream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, Float32Stream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, WideningStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, SameStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, Float32Stream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, WideningStream<__half>);
 
 }  // namespace resnorm::cuda

@@ -9,41 +9,46 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_FORWARD_TYPES(extern, SameStream<float>);
-RESNORM_NORM_FORWARD_TYPES(extern, SameStream<__nv_bfloat16>);
-RESNORM_NORM_FORWARD_TYPES(extern, Float32Stream<__nv_bfloat16>);
-RESNORM_NORM_FORWARD_TYPES(extern, WideningStream<__nv_bfloat16>);
-RESNORM_NORM_FORWARD_TYPES(extern, SameStream<__half>);
-RESNORM_NORM_FORWARD_TYPES(extern, Float32Stream<__half>);
-RESNORM_NORM_FORWARD_TYPES(extern, WideningStream<__half>);
+#define RESNORM_COMPILED_ELSEWHERE(...)                  \
+  RESNORM_NORM_FORWARD_TYPES(extern, true, __VA_ARGS__); \
+  RESNORM_NORM_FORWARD_TYPES(extern, false, __VA_ARGS__)
+RESNORM_COMPILED_ELSEWHERE(SameStream<float>);
+RESNORM_COMPILED_ELSEWHERE(SameStream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(Float32Stream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(WideningStream<__nv_bfloat16>);
+RESNORM_COMPILED_ELSEWHERE(SameStream<__half>);
+RESNORM_COMPILED_ELSEWHERE(Float32Stream<__half>);
+RESNORM_COMPILED_ELSEWHERE(WideningStream<__half>);
 
 namespace {
 
 using KernelOfPlan = NormForwardKernel (*)(const Plan& plan, bool adds, bool drops);
 
 // The kernels for these types; none for a rare combination.
-KernelOfPlan kernels_for(const AddLayerNormForward& a) {
+KernelOfPlan kernels_for(const NormForward& a) {
   const bool adds = a.residual.data != nullptr;
   const DType residual = adds ? a.residual.dtype : a.input.dtype;
   const DType sum = a.sum.data == nullptr ? residual : a.sum.dtype;
   const bool is_float64 = adds && a.sum.dtype == DType::kFloat64;  // the accumulation is, stored or not
   if (a.output.dtype != a.input.dtype || is_float64) return nullptr;
-  return with_stream<KernelOfPlan>(a.input.dtype, residual, sum,
-                                   []<class Types>() -> KernelOfPlan { return norm_forward_kernel<Types>; });
+  return with_stream<KernelOfPlan>(a.input.dtype, residual, sum, [&]<class Types>() -> KernelOfPlan {
+    if (a.centered) return norm_forward_kernel<true, Types>;
+    return norm_forward_kernel<false, Types>;
+  });
 }
 
-int vector_of(const AddLayerNormForward& a) { return kVectorBytes / size_of(a.input.dtype); }
+int vector_of(const NormForward& a) { return kVectorBytes / size_of(a.input.dtype); }
 
-Alignment alignment_of(const AddLayerNormForward& a) {
+Alignment alignment_of(const NormForward& a) {
   return Alignment(a.rows, vector_of(a)).with(a.input).with(a.residual).with(a.output).with(a.sum);
 }
 
-ParameterTypes parameters_of(const AddLayerNormForward& a) {
+ParameterTypes parameters_of(const NormForward& a) {
   return ParameterTypes(a.input.dtype).with(a.weight).with(a.bias).with(a.input_bias);
 }
 
 template <class Value>
-cudaError_t launch_any(const AddLayerNormForward& a, const std::int64_t* seed, cudaStream_t stream) {
+cudaError_t launch_any(const NormForward& a, const std::int64_t* seed, cudaStream_t stream) {
   constexpr std::int64_t kMaxBlocks = 1 << 20;
   const auto blocks = static_cast<int>(std::min(a.rows, kMaxBlocks));
   const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, 2);
@@ -53,7 +58,7 @@ cudaError_t launch_any(const AddLayerNormForward& a, const std::int64_t* seed, c
 
 }  // namespace
 
-Plan norm_forward_plan(const AddLayerNormForward& a, const Device& device) {
+Plan norm_forward_plan(const NormForward& a, const Device& device) {
   const Alignment alignment = alignment_of(a);
   const ParameterTypes parameters = parameters_of(a);
   if (kernels_for(a) == nullptr || !alignment.alike() || !parameters.alike() ||
@@ -66,8 +71,7 @@ Plan norm_forward_plan(const AddLayerNormForward& a, const Device& device) {
                       alignment.shifted(a.cols) || !parameters.aligned(), device.architecture);
 }
 
-cudaError_t norm_forward(const AddLayerNormForward& a, const Plan& plan, const std::int64_t* seed,
-                         cudaStream_t stream) {
+cudaError_t norm_forward(const NormForward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
   const bool adds = a.residual.data != nullptr;
   if (plan.any) {
     const bool is_float64 = a.input.dtype == DType::kFloat64 || (adds && a.sum.dtype == DType::kFloat64);
@@ -76,7 +80,7 @@ cudaError_t norm_forward(const AddLayerNormForward& a, const Plan& plan, const s
   const auto kernel = kernels_for(a)(plan, adds, a.dropout.threshold > 0);
   if (kernel.launch == nullptr) return cudaErrorInvalidConfiguration;
   const bool is_block_row = plan.row_threads == plan.threads;
-  const int slots = is_block_row ? RowGroup<0, true>::slot_size(plan.threads, plan.cluster, 1 + 2) : 0;
+  const int slots = is_block_row ? RowGroup<0, true>::slot_size(plan.threads, plan.cluster, a.centered ? 1 + 2 : 1) : 0;
   const LaunchShape shape = {static_cast<int>((a.rows + plan.groups() - 1) / plan.groups()) * plan.cluster,
                              plan.cluster, plan.threads, slots * static_cast<int>(sizeof(float))};
   return kernel.launch(shape, stream,

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// output = layer_norm(sum) * weight + bias of sum = residual + dropout(input + input_bias), or of sum = input: one read
-// and one write of every element.
+// output = norm(x) * weight, + bias where centered, of x = residual + dropout(input + input_bias), or of x = input: one
+// read and one write of every element.
+//
+//   centered:  norm(x) = (x - mean) * rstd,  rstd = 1 / sqrt(variance + eps);  two sums over a row after another.
+//   else:      norm(x) = x * rstd,           rstd = 1 / sqrt(mean of x^2 + eps);  one.
 //
 // A row lives in registers as float32, loaded whole before anything is computed, because loads in flight are what keeps
 // the memory busy. kLanes threads of a warp share a row; kLanes == 0: a block, or with kCluster a cluster of blocks.
@@ -9,7 +12,7 @@
 // stay in L1.
 //
 // Numerics, as on the CPU: with d = x - mean and delta = sum(d) / N, which is what rounding left in the mean,
-// variance = sum(d^2) / N - delta^2 and output = (d - delta) * rstd * weight + bias.
+// variance = sum(d^2) / N - delta^2 and norm(x) = (d - delta) * rstd.
 #pragma once
 
 #include "dropout.cuh"
@@ -34,8 +37,8 @@ struct NormForwardArguments {
 };
 
 // Types: a Stream.
-template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kAdds, bool kDrops,
-          int kMaxThreads>
+template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kCentered, bool kAdds,
+          bool kDrops, int kMaxThreads>
 RESNORM_KERNEL(kMaxThreads, 1024 / kMaxThreads)
 norm_forward(const NormForwardArguments a) {
   using Input = typename Types::Branch;
@@ -75,7 +78,7 @@ norm_forward(const NormForwardArguments a) {
     return !kShifted || (base + i * step + k >= 0 && base + i * step + k < cols);
   };
 
-  float x[kItems][kVector], total[1] = {0.0F};
+  float x[kItems][kVector], total[1] = {0.0F};  // of x, or of x^2
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = base + i * step;
@@ -98,33 +101,33 @@ norm_forward(const NormForwardArguments a) {
         store_vector<Sum, kVector, kShifted>(static_cast<Sum*>(a.sum) + row * a.sum_stride, column, cols, x[i]);
       }
     }
-    total[0] += sum_of<kVector>(x[i]);
+    total[0] += kCentered ? sum_of<kVector>(x[i]) : sum_of_squares(x[i]);
   }
 
   float* slot = reinterpret_cast<float*>(shared_memory());
   if constexpr (kCluster) cluster_wait();
   group.sum(total, slot);
-  const float rounded_mean = total[0] * a.reciprocal_cols;
-  float moments[2] = {0.0F, 0.0F};  // of the deviations
+  const float average = total[0] * a.reciprocal_cols;
+  const float rounded_mean = kCentered ? average : 0.0F;
+  float delta = 0.0F, variance = average;  // where the norm is not centered: about zero
+  if constexpr (kCentered) {
+    float moments[2] = {0.0F, 0.0F};  // of the deviations
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (!is_inside(i)) continue;
-    float squares[kVector];
+    for (int i = 0; i < kItems; ++i) {
+      if (!is_inside(i)) continue;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      x[i][k] = is_element(i, k) ? x[i][k] - rounded_mean : 0.0F;
-      squares[k] = x[i][k] * x[i][k];
+      for (int k = 0; k < kVector; ++k) x[i][k] = is_element(i, k) ? x[i][k] - rounded_mean : 0.0F;
+      moments[0] += sum_of<kVector>(x[i]);
+      moments[1] += sum_of_squares(x[i]);
     }
-    moments[0] += sum_of<kVector>(x[i]);
-    moments[1] += sum_of<kVector>(squares);
+    group.sum(moments, slot + RowGroup<kLanes, kCluster>::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1));
+    // Divided, which is exact where all deviations are alike: a constant row gives the bias.
+    delta = moments[0] / static_cast<float>(a.cols);
+    variance = moments[1] * a.reciprocal_cols - delta * delta;
   }
-  group.sum(moments, slot + RowGroup<kLanes, kCluster>::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1));
-  // Divided, which is exact where all deviations are alike: a constant row gives the bias.
-  const float delta = moments[0] / static_cast<float>(a.cols);
-  const float variance = moments[1] * a.reciprocal_cols - delta * delta;
   const float rstd = reciprocal_sqrt((variance < 0.0F ? 0.0F : variance) + a.eps);  // a NaN stays one
-  if (live && group.thread == 0 && rank == 0 && a.mean != nullptr) {
-    a.mean[row] = rounded_mean + delta;
+  if (live && group.thread == 0 && rank == 0 && a.rstd != nullptr) {
+    if constexpr (kCentered) a.mean[row] = rounded_mean + delta;
     a.rstd[row] = rstd;
   }
 
@@ -141,7 +144,7 @@ norm_forward(const NormForwardArguments a) {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) x[i][k] *= parameter[k];
     }
-    if (a.bias != nullptr) {
+    if (kCentered && a.bias != nullptr) {
       load_parameter<Input, kVector, kShifted>(a.bias, a.float32_parameters, column, cols, parameter);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) x[i][k] += parameter[k];

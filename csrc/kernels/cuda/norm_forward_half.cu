@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_FORWARD_TYPES(, SameStream<__half>);
-RESNORM_NORM_FORWARD_TYPES(, Float32Stream<__half>);
-RESNORM_NORM_FORWARD_TYPES(, WideningStream<__half>);
+RESNORM_NORM_FORWARD_TYPES(, true, SameStream<__half>);
+RESNORM_NORM_FORWARD_TYPES(, true, Float32Stream<__half>);
+RESNORM_NORM_FORWARD_TYPES(, true, WideningStream<__half>);
 
 }  // namespace resnorm::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../host_device.h"
 
 namespace resnorm::cuda {
@@ -21,6 +22,15 @@ struct Plan {
 
   int groups() const { return threads / row_threads; }  // of threads that share a row
 };
+
+// Whether kernels of their own are compiled for these types of a branch (input and output) and of the residual stream
+// before and after: the branch's, float32 beside a half-precision branch, or one that becomes float32 here.
+constexpr bool has_kernels(DType branch, DType residual, DType sum) {
+  if (branch == DType::kFloat64) return false;
+  const bool same = residual == branch && sum == branch;
+  return same ||
+         (sum == DType::kFloat32 && branch != DType::kFloat32 && (residual == DType::kFloat32 || residual == branch));
+}
 
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kMaxCluster = 8;
@@ -79,6 +89,13 @@ inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops
 
 // 128 registers a thread; 168 where rows are shifted, whose bounds take some of them.
 inline constexpr int kBackwardThreads = 512, kShiftedBackwardThreads = 384, kBackwardStages = 2;
+
+// Sums that are taken over a row, and those over the columns: of the weight's gradient, where the norm is centered the
+// bias's, and last the input bias's.
+RESNORM_HOST_DEVICE constexpr int backward_row_sums(bool centered) { return centered ? 3 : 1; }
+RESNORM_HOST_DEVICE constexpr int backward_column_sums(bool centered, bool input_bias) {
+  return (centered ? 2 : 1) + (input_bias ? 1 : 0);
+}
 
 // What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;

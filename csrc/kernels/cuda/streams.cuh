@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../arguments.h"
+#include "plan.h"
 
 namespace resnorm::cuda {
 
@@ -28,15 +28,15 @@ using WideningStream = Stream<Half, Half, float>;
 // What `visit`, a template of the stream, returns for these types; an empty value for a combination without kernels.
 template <class Result, class Visit>
 Result with_stream(DType branch, DType residual, DType sum, const Visit& visit) {
+  if (!has_kernels(branch, residual, sum)) return {};
   const auto half_stream = [&]<class Half>() -> Result {
-    if (residual == branch && sum == branch) return visit.template operator()<SameStream<Half>>();
-    if (sum != DType::kFloat32) return {};
-    if (residual == DType::kFloat32) return visit.template operator()<Float32Stream<Half>>();
-    return residual == branch ? visit.template operator()<WideningStream<Half>>() : Result {};
+    if (sum == branch) return visit.template operator()<SameStream<Half>>();
+    if (residual == branch) return visit.template operator()<WideningStream<Half>>();
+    return visit.template operator()<Float32Stream<Half>>();
   };
   switch (branch) {
     case DType::kFloat32:
-      return residual == branch && sum == branch ? visit.template operator()<SameStream<float>>() : Result {};
+      return visit.template operator()<SameStream<float>>();
     case DType::kBFloat16:
       return half_stream.template operator()<__nv_bfloat16>();
     case DType::kFloat16:

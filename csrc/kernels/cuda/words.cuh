@@ -123,4 +123,12 @@ RESNORM_DEVICE float sum_of(const float* values) {
   }
 }
 
+template <int kCount>
+RESNORM_DEVICE float sum_of_squares(const float (&values)[kCount]) {
+  float squares[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) squares[i] = values[i] * values[i];
+  return sum_of<kCount>(squares);
+}
+
 }  // namespace resnorm::cuda

@@ -4,8 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
-#include "../operands.h"
-#include "kernel_call.h"
+#include "../support/operands.h"
+#include "cpu_kernels.h"
 
 namespace resnorm::packed_linear {
 

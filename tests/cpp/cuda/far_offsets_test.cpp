@@ -35,7 +35,7 @@ cudaError_t run(NormForwardProblem& problem, Place place, const Device& device) 
   FarRows input = far(problem.input), residual = far(problem.residual);
   FarRows output = far(problem.output), sum = far(problem.sum);
   FarRows mean(problem.mean, place.first_row, 0), rstd(problem.rstd, place.first_row, 0);
-  AddLayerNormForward arguments = problem.arguments();
+  NormForward arguments = problem.arguments();
   arguments.rows = place.first_row + (arguments.rows - 1) * place.row_step + 1;
   arguments.input = {input.data(), place.row_stride, problem.input.dtype()};
   arguments.residual = {residual.data(), place.row_stride, problem.residual.dtype()};
@@ -56,7 +56,7 @@ cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, st
   FarRows grad_input = far(problem.grad_input), grad_residual = far(problem.grad_residual);
   FarRows mean(problem.mean, place.first_row, 0), rstd(problem.rstd, place.first_row, 0);
   FarRows partials(workspace, first_part * workspace.cols(), workspace.cols());
-  AddLayerNormBackward arguments = problem.arguments();
+  NormBackward arguments = problem.arguments();
   arguments.rows += place.first_row;
   arguments.grad_output = {grad_output.data(), place.row_stride, problem.grad_output.dtype()};
   arguments.grad_sum = {grad_sum.data(), place.row_stride, problem.grad_sum.dtype()};
@@ -73,23 +73,31 @@ cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, st
 
 constexpr Device kDevice = {kNewest, 4};
 constexpr int kParts = 8;  // at most: rows that start anywhere need one for each element of a vector
-constexpr NormForwardProblem::Options kForwardOptions = {.adds = true, .stores_sum = true, .dropout_p = 0.3};
+constexpr NormForwardProblem::Options forward_options(bool centered) {
+  return {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.3};
+}
 // Without the columns' sums, for which the parts that do not run would be needed.
-constexpr NormBackwardProblem::Options kBackwardOptions = {
-    .adds = true, .affine = false, .grad_sum = true, .grad_residual = true, .dropout_p = 0.3};
+constexpr NormBackwardProblem::Options backward_options(bool centered) {
+  return {
+      .centered = centered, .adds = true, .affine = false, .grad_sum = true, .grad_residual = true, .dropout_p = 0.3};
+}
 
 TEST_P(FarOffsetsTest, RowStrides) {
   for (const auto& [dtype, cols] : kCases) {
     for (const std::int64_t stride : {kFarStride, kFarOddStride}) {
-      if (leaves_out_case()) continue;
-      SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << cols << " columns, stride " << stride);
-      NormForwardProblem forward(generator, {3, cols}, {dtype, dtype, dtype, dtype}, {}, kForwardOptions);
-      ASSERT_EQ(run(forward, {0, stride}, kDevice), cudaSuccess);
-      forward.expect_correct();
-      NormBackwardProblem backward(generator, {3, cols}, {dtype, dtype, dtype, dtype}, {}, kBackwardOptions);
-      Matrix workspace(kParts, 2 * cols, backward.accumulation);
-      ASSERT_EQ(run(backward, {0, stride}, workspace, 0, kDevice), cudaSuccess);
-      backward.expect_correct();
+      for (const bool centered : {true, false}) {
+        if (leaves_out_case()) continue;
+        SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << cols << " columns, stride " << stride
+                                          << (centered ? ", centered" : ""));
+        NormForwardProblem forward(generator, {3, cols}, {dtype, dtype, dtype, dtype}, {}, forward_options(centered));
+        ASSERT_EQ(run(forward, {0, stride}, kDevice), cudaSuccess);
+        forward.expect_correct();
+        NormBackwardProblem backward(generator, {3, cols}, {dtype, dtype, dtype, dtype}, {},
+                                     backward_options(centered));
+        Matrix workspace(kParts, backward_column_sums(centered, false) * cols, backward.accumulation);
+        ASSERT_EQ(run(backward, {0, stride}, workspace, 0, kDevice), cudaSuccess);
+        backward.expect_correct();
+      }
     }
   }
 }
@@ -127,40 +135,49 @@ TEST_P(FarOffsetsTest, LastRows) {
   constexpr Device kHugeDevice = {kNewest, 1 << 29};  // so that blocks are as many as rows in the backward pass too
   for (const std::int64_t elements : {std::int64_t{1} << 31, std::int64_t{1} << 32}) {
     for (const auto& [dtype, cols] : kCases) {
-      if (leaves_out_case()) continue;
-      SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << cols << " columns, " << elements << " elements");
-      const auto forward_problem = [&](std::int64_t rows) {
-        return NormForwardProblem(generator, {rows, cols}, {dtype, dtype, dtype, dtype}, {}, kForwardOptions);
-      };
-      LastRows last = last_rows(forward_problem(1), elements, kHugeDevice);
-      NormForwardProblem forward = forward_problem(last.count);
-      forward.kept = KeepMask(forward.dropout, {last.count, cols}, last.first * cols);
-      simt::schedule().last_clusters = kLastClusters;
-      ASSERT_EQ(run(forward, {last.first, cols}, kHugeDevice), cudaSuccess);
-      forward.expect_correct();
+      for (const bool centered : {true, false}) {
+        if (leaves_out_case()) continue;
+        SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << cols << " columns, " << elements << " elements"
+                                          << (centered ? ", centered" : ""));
+        const auto forward_problem = [&](std::int64_t rows) {
+          return NormForwardProblem(generator, {rows, cols}, {dtype, dtype, dtype, dtype}, {},
+                                    forward_options(centered));
+        };
+        LastRows last = last_rows(forward_problem(1), elements, kHugeDevice);
+        NormForwardProblem forward = forward_problem(last.count);
+        forward.kept = KeepMask(forward.dropout, {last.count, cols}, last.first * cols);
+        simt::schedule().last_clusters = kLastClusters;
+        ASSERT_EQ(run(forward, {last.first, cols}, kHugeDevice), cudaSuccess);
+        forward.expect_correct();
 
-      const auto backward_problem = [&](std::int64_t rows) {
-        return NormBackwardProblem(generator, {rows, cols}, {dtype, dtype, dtype, dtype}, {}, kBackwardOptions);
-      };
-      last = last_rows(backward_problem(1), elements, kHugeDevice);
-      NormBackwardProblem backward = backward_problem(last.count);
-      backward.kept = KeepMask(backward.dropout, {last.count, cols}, last.first * cols);
-      Matrix workspace(kLastClusters, 2 * cols, backward.accumulation);
-      simt::schedule().last_clusters = kLastClusters;
-      ASSERT_EQ(run(backward, {last.first, cols}, workspace, last.clusters - kLastClusters, kHugeDevice), cudaSuccess);
-      backward.expect_correct();
+        const auto backward_problem = [&](std::int64_t rows) {
+          return NormBackwardProblem(generator, {rows, cols}, {dtype, dtype, dtype, dtype}, {},
+                                     backward_options(centered));
+        };
+        last = last_rows(backward_problem(1), elements, kHugeDevice);
+        NormBackwardProblem backward = backward_problem(last.count);
+        backward.kept = KeepMask(backward.dropout, {last.count, cols}, last.first * cols);
+        Matrix workspace(kLastClusters, backward_column_sums(centered, false) * cols, backward.accumulation);
+        simt::schedule().last_clusters = kLastClusters;
+        ASSERT_EQ(run(backward, {last.first, cols}, workspace, last.clusters - kLastClusters, kHugeDevice),
+                  cudaSuccess);
+        backward.expect_correct();
+      }
     }
   }
 }
 
 // The kernel that takes any row has no more blocks than a limit.
 TEST_P(FarOffsetsTest, SeveralRowsABlock) {
-  NormForwardProblem problem(generator, {2, 5}, {kF64, kF64, kF64, kF64}, {}, {.adds = true, .statistics = false});
-  const std::int64_t blocks = clusters_for(problem, std::int64_t{1} << 30, kDevice);
-  ASSERT_LT(blocks, std::int64_t{1} << 30);
-  simt::schedule().last_clusters = 1;
-  ASSERT_EQ(run(problem, {.first_row = blocks - 1, .row_stride = 5, .row_step = blocks}, kDevice), cudaSuccess);
-  problem.expect_correct();
+  for (const bool centered : {true, false}) {
+    NormForwardProblem problem(generator, {2, 5}, {kF64, kF64, kF64, kF64}, {},
+                               {.centered = centered, .adds = true, .statistics = false});
+    const std::int64_t blocks = clusters_for(problem, std::int64_t{1} << 30, kDevice);
+    ASSERT_LT(blocks, std::int64_t{1} << 30);
+    simt::schedule().last_clusters = 1;
+    ASSERT_EQ(run(problem, {.first_row = blocks - 1, .row_stride = 5, .row_step = blocks}, kDevice), cudaSuccess);
+    problem.expect_correct();
+  }
 }
 
 }  // namespace

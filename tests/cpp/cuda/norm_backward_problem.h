@@ -22,7 +22,7 @@ struct NormBackwardProblem {
   }
 
   struct Options {
-    bool adds = false, affine = true, input_bias = false, grad_sum = false, grad_residual = false;
+    bool centered = true, adds = false, affine = true, input_bias = false, grad_sum = false, grad_residual = false;
     double dropout_p = 0.0;
     double mean = 0.0, deviation = 1.0;  // of the sum
   };
@@ -32,15 +32,16 @@ struct NormBackwardProblem {
   Dropout dropout;
   KeepMask kept;
   DType accumulation;
-  bool adds;
+  bool centered;
   Plan plan;  // of the last run
 
   NormBackwardProblem(std::mt19937_64& generator, Shape shape, Types types, Layout layout, Options options)
       : dropout(dropout_of(options.adds ? options.dropout_p : 0.0, kSeed)),
         kept(dropout, shape),
         accumulation(accumulation_of({types.gradient, types.sum})),
-        adds(options.adds) {
+        centered(options.centered) {
     const auto [rows, cols] = shape;
+    const bool adds = options.adds;
     const Layout aligned_as{0, layout.offset};
     sum = Matrix::random(generator, rows, cols, types.sum, layout, options.mean, options.deviation);
     grad_output = Matrix::random(generator, rows, cols, types.gradient, layout);
@@ -49,24 +50,24 @@ struct NormBackwardProblem {
     if (adds && options.grad_residual) grad_residual = Matrix(rows, cols, types.residual, layout);
     if (options.affine) {
       weight = Matrix::random(generator, 1, cols, types.parameters, aligned_as, 1.0);
-      grad_weight = grad_bias = Matrix(1, cols, types.parameters, aligned_as);
+      grad_weight = Matrix(1, cols, types.parameters, aligned_as);
+      if (centered) grad_bias = grad_weight;
     }
     if (adds && options.input_bias) grad_input_bias = Matrix(1, cols, types.parameters, aligned_as);
-    mean = rstd = Matrix(1, rows, accumulation);
+    const auto statistics = normalize(sum, rows, cols, {}, {}, 1e-5, centered);
+    rstd = Matrix(1, rows, accumulation);
+    if (centered) mean = rstd;
     for (std::int64_t row = 0; row < rows; ++row) {
-      long double total = 0, squares = 0;
-      for (std::int64_t col = 0; col < cols; ++col) total += sum(row, col);
-      const long double exact = total / cols;
-      for (std::int64_t col = 0; col < cols; ++col) squares += (sum(row, col) - exact) * (sum(row, col) - exact);
-      mean.set(0, row, static_cast<double>(exact));
-      rstd.set(0, row, static_cast<double>(1.0L / std::sqrt(squares / cols + 1e-5L)));
+      rstd.set(0, row, statistics.rstd[row]);
+      if (centered) mean.set(0, row, statistics.mean[row]);
     }
   }
 
   // Without a workspace.
-  AddLayerNormBackward arguments() {
+  NormBackward arguments() {
     return {.rows = sum.rows(),
             .cols = sum.cols(),
+            .centered = centered,
             .grad_output = grad_output.const_operand(),
             .grad_sum = grad_sum.const_operand(),
             .sum = sum.const_operand(),
@@ -82,19 +83,19 @@ struct NormBackwardProblem {
   }
 
   cudaError_t run(const Device& device = {kNewest, 4}) {
-    AddLayerNormBackward arguments = this->arguments();
-    Bytes workspace(norm_backward_workspace_bytes(arguments, norm_backward_plan(arguments, adds, device)), 0xFF);
+    NormBackward arguments = this->arguments();
+    Bytes workspace(norm_backward_workspace_bytes(arguments, norm_backward_plan(arguments, device)), 0xFF);
     arguments.workspace = workspace.data();
     return run(arguments, device);
   }
 
-  cudaError_t run(const AddLayerNormBackward& arguments, const Device& device) {
-    plan = norm_backward_plan(arguments, adds, device);
-    return norm_backward(arguments, adds, plan, &kSeed, nullptr);
+  cudaError_t run(const NormBackward& arguments, const Device& device) {
+    plan = norm_backward_plan(arguments, device);
+    return norm_backward(arguments, plan, &kSeed, nullptr);
   }
 
   void expect_correct() const {
-    auto norm = normalize_backward(grad_output, sum, weight, rstd);
+    auto norm = normalize_backward(grad_output, sum, weight, rstd, centered);
     expect_close(grad_weight, norm.grad_weight, norm.grad_weight_scale, accumulation, 8, "grad_weight");
     expect_close(grad_bias, norm.grad_bias, norm.grad_bias_scale, accumulation, 8, "grad_bias");
     const auto residual = residual_gradients(norm, grad_sum, dropout, kept, {sum.rows(), sum.cols()});

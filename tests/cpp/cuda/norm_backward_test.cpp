@@ -29,6 +29,11 @@ const std::vector<Options> kOptions = {
     {.adds = true, .affine = false, .input_bias = true, .grad_sum = true},
     {.adds = true, .grad_sum = true, .grad_residual = true, .dropout_p = 0.3},
     {.adds = true, .input_bias = true, .grad_residual = true, .dropout_p = 0.1},
+    {.centered = false},
+    {.centered = false, .adds = true, .grad_sum = true, .grad_residual = true},
+    {.centered = false, .adds = true, .affine = false, .input_bias = true, .grad_sum = true},
+    {.centered = false, .adds = true, .grad_residual = true, .dropout_p = 0.3},
+    {.centered = false, .adds = true, .input_bias = true, .grad_sum = true, .grad_residual = true, .dropout_p = 0.1},
 };
 
 // A warp a row, several warps, with rows left over and with fewer rows than groups; and odd sizes.
@@ -57,9 +62,12 @@ TEST_P(NormBackwardTest, AnyStridesAndAlignment) {
     for (const Layout layout : {Layout{8, 0}, Layout{3, 0}, Layout{0, 1}, Layout{8, 4}}) {
       if (leaves_out_case()) continue;
       SCOPED_TRACE(::testing::Message() << type << " padding " << layout.padding << " offset " << layout.offset);
-      Problem problem(generator, {21, 264}, type, layout, {.adds = true, .grad_sum = true, .grad_residual = true});
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      problem.expect_correct();
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, {21, 264}, type, layout,
+                        {.centered = centered, .adds = true, .grad_sum = true, .grad_residual = true});
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        problem.expect_correct();
+      }
     }
   }
 }
@@ -70,9 +78,12 @@ TEST_P(NormBackwardTest, LongRows) {
            {8200, 90}, {4096, 90}, {16400, 90}, {40000, 90}, {8200, 80}, {70000, 90}, {2048, 75}, {2048, 120}}) {
     if (leaves_out_case()) continue;
     SCOPED_TRACE(::testing::Message() << cols << " columns on sm_" << architecture);
-    Problem problem(generator, {5, cols}, kTypes[0], {}, {.adds = true, .grad_sum = true, .grad_residual = true});
-    ASSERT_EQ(problem.run({architecture, 8}), cudaSuccess);
-    problem.expect_correct();
+    for (const bool centered : {true, false}) {
+      Problem problem(generator, {5, cols}, kTypes[0], {},
+                      {.centered = centered, .adds = true, .grad_sum = true, .grad_residual = true});
+      ASSERT_EQ(problem.run({architecture, 8}), cudaSuccess);
+      problem.expect_correct();
+    }
   }
 }
 
@@ -81,17 +92,19 @@ TEST_P(NormBackwardTest, MovesTheLeastBytes) {
   for (const Types type : kTypes) {
     for (const Shape shape : {Shape{70, 64}, Shape{19, 768}, Shape{9, 2048}, Shape{19, 775}}) {
       SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols);
-      Problem problem(generator, shape, type, {},
-                      {.adds = true, .affine = false, .grad_sum = true, .grad_residual = true});
-      simt::counters() = {};
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      const auto elements = shape.rows * shape.cols;
-      const simt::Counters moved = simt::counters();
-      EXPECT_EQ(moved.copied_asynchronously + moved.loaded_once,
-                elements * (size_of(type.gradient) + 2 * size_of(type.sum)));
-      EXPECT_EQ(moved.stored, elements * (size_of(type.gradient) + size_of(type.residual)));
-      const auto row_ends = problem.plan.shifted ? 2 * kVectorBytes * 3 * shape.rows * 2 : 0;
-      EXPECT_LE(moved.loaded_once, row_ends);
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, shape, type, {},
+                        {.centered = centered, .adds = true, .affine = false, .grad_sum = true, .grad_residual = true});
+        simt::counters() = {};
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        const auto elements = shape.rows * shape.cols;
+        const simt::Counters moved = simt::counters();
+        EXPECT_EQ(moved.copied_asynchronously + moved.loaded_once,
+                  elements * (size_of(type.gradient) + 2 * size_of(type.sum)));
+        EXPECT_EQ(moved.stored, elements * (size_of(type.gradient) + size_of(type.residual)));
+        const auto row_ends = problem.plan.shifted ? 2 * kVectorBytes * 3 * shape.rows * 2 : 0;
+        EXPECT_LE(moved.loaded_once, row_ends);
+      }
     }
   }
 }
@@ -100,9 +113,11 @@ TEST_P(NormBackwardTest, RowsFarFromZero) {
   for (const double mean : {1e4, 1e6}) {
     for (const std::int64_t cols : {64, 768, 2048}) {
       SCOPED_TRACE(::testing::Message() << cols << " columns of mean " << mean);
-      Problem problem(generator, {5, cols}, kTypes[0], {}, {.mean = mean});
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      problem.expect_correct();
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, {5, cols}, kTypes[0], {}, {.centered = centered, .mean = mean});
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        problem.expect_correct();
+      }
     }
   }
 }
@@ -111,10 +126,12 @@ TEST_P(NormBackwardTest, LargeFloat16) {
   for (const auto& [mean, deviation] : {std::pair{6e4, 1e3}, std::pair{0.0, 1.4e4}}) {
     for (const std::int64_t cols : {64, 768, 2048}) {
       SCOPED_TRACE(::testing::Message() << cols << " columns of mean " << mean);
-      Problem problem(generator, {5, cols}, kTypes[4], {},
-                      {.adds = true, .grad_sum = true, .mean = mean, .deviation = deviation});
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      problem.expect_correct();
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, {5, cols}, kTypes[4], {},
+                        {.centered = centered, .adds = true, .grad_sum = true, .mean = mean, .deviation = deviation});
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        problem.expect_correct();
+      }
     }
   }
 }
@@ -144,6 +161,23 @@ TEST_P(NormBackwardTest, RowsThatStartAnywhere) {
         ASSERT_EQ(problem.run(), cudaSuccess);
         EXPECT_TRUE(problem.plan.shifted);
         problem.expect_correct();
+      }
+    }
+  }
+}
+
+// The weight's gradient, the bias's of a centered norm, the input bias's.
+TEST(BackwardWorkspaceTest, HoldsTheSumsOfTheNorm) {
+  std::mt19937_64 generator;
+  for (const Types& types : {kTypes[0], kRareTypes[0]}) {
+    for (const bool centered : {true, false}) {
+      for (const bool input_bias : {true, false}) {
+        Problem problem(generator, {37, 520}, types, {},
+                        {.centered = centered, .adds = true, .input_bias = input_bias});
+        const Plan plan = norm_backward_plan(problem.arguments(), {kNewest, 4});
+        const std::size_t sums = 1 + centered + input_bias;
+        EXPECT_EQ(norm_backward_workspace_bytes(problem.arguments(), plan),
+                  plan.parts * sums * 520 * size_of(problem.accumulation));
       }
     }
   }

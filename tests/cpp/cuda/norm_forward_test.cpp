@@ -37,6 +37,9 @@ const std::vector<Options> kOptions = {
     {.adds = true, .affine = false, .input_bias = true, .statistics = false},
     {.adds = true, .stores_sum = true, .dropout_p = 0.3},
     {.adds = true, .input_bias = true, .stores_sum = true, .dropout_p = 0.1},
+    {.centered = false},
+    {.centered = false, .adds = true, .affine = false, .input_bias = true, .statistics = false},
+    {.centered = false, .adds = true, .stores_sum = true, .dropout_p = 0.3},
 };
 
 TEST_P(NormForwardTest, MatchesFloat64Reference) {
@@ -65,9 +68,12 @@ TEST_P(NormForwardTest, AnyStridesAndAlignment) {
         if (leaves_out_case()) continue;
         SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols << " padding "
                                           << layout.padding << " offset " << layout.offset);
-        Problem problem(generator, shape, type, layout, {.adds = true, .stores_sum = true, .dropout_p = 0.3});
-        ASSERT_EQ(problem.run(), cudaSuccess);
-        problem.expect_correct();
+        for (const bool centered : {true, false}) {
+          Problem problem(generator, shape, type, layout,
+                          {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.3});
+          ASSERT_EQ(problem.run(), cudaSuccess);
+          problem.expect_correct();
+        }
       }
     }
   }
@@ -79,9 +85,12 @@ TEST_P(NormForwardTest, LongRows) {
            {8200, 90}, {8192, 90}, {16391, 90}, {33000, 90}, {8200, 80}, {70000, 90}}) {
     if (leaves_out_case()) continue;
     SCOPED_TRACE(::testing::Message() << cols << " columns on sm_" << architecture);
-    Problem problem(generator, {2, cols}, kTypes[0], {}, {.adds = true, .stores_sum = true, .dropout_p = 0.1});
-    ASSERT_EQ(problem.run(architecture), cudaSuccess);
-    problem.expect_correct();
+    for (const bool centered : {true, false}) {
+      Problem problem(generator, {2, cols}, kTypes[0], {},
+                      {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.1});
+      ASSERT_EQ(problem.run(architecture), cudaSuccess);
+      problem.expect_correct();
+    }
   }
 }
 
@@ -89,13 +98,14 @@ TEST_P(NormForwardTest, MovesTheLeastBytes) {
   for (const Types type : kTypes) {
     for (const Shape shape : {Shape{5, 64}, Shape{3, 768}, Shape{3, 775}, Shape{2, 2048}}) {
       SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols);
-      Problem problem(generator, shape, type, {}, {.adds = true, .stores_sum = true});
-      simt::counters() = {};
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      const auto elements = shape.rows * shape.cols;
-
-      EXPECT_EQ(simt::counters().loaded_once, elements * (size_of(type.input) + size_of(type.residual)));
-      EXPECT_EQ(simt::counters().stored, elements * (size_of(type.input) + size_of(type.sum)));
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, shape, type, {}, {.centered = centered, .adds = true, .stores_sum = true});
+        simt::counters() = {};
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        const auto elements = shape.rows * shape.cols;
+        EXPECT_EQ(simt::counters().loaded_once, elements * (size_of(type.input) + size_of(type.residual)));
+        EXPECT_EQ(simt::counters().stored, elements * (size_of(type.input) + size_of(type.sum)));
+      }
     }
   }
 }
@@ -104,15 +114,18 @@ TEST_P(NormForwardTest, ResultsMayBeWrittenOverInputs) {
   for (const Types type : {kTypes[0], kTypes[1], kTypes[4], kRareTypes[0]}) {
     for (const Shape shape : {Shape{5, 64}, Shape{3, 775}, Shape{2, 2048}}) {
       SCOPED_TRACE(::testing::Message() << type << " " << shape.rows << "x" << shape.cols);
-      Problem apart(generator, shape, type, {}, {.adds = true, .stores_sum = true, .dropout_p = 0.2});
-      Problem together = apart;
-      ASSERT_EQ(apart.run(), cudaSuccess);
-      AddLayerNormForward arguments = together.arguments();
-      arguments.output = together.input.operand();
-      arguments.sum = together.residual.operand();
-      ASSERT_EQ(together.run(arguments, {kNewest, 4}), cudaSuccess);
-      EXPECT_EQ(together.input.storage(), apart.output.storage());
-      EXPECT_EQ(together.residual.storage(), apart.sum.storage());
+      for (const bool centered : {true, false}) {
+        Problem apart(generator, shape, type, {},
+                      {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.2});
+        Problem together = apart;
+        ASSERT_EQ(apart.run(), cudaSuccess);
+        NormForward arguments = together.arguments();
+        arguments.output = together.input.operand();
+        arguments.sum = together.residual.operand();
+        ASSERT_EQ(together.run(arguments, {kNewest, 4}), cudaSuccess);
+        EXPECT_EQ(together.input.storage(), apart.output.storage());
+        EXPECT_EQ(together.residual.storage(), apart.sum.storage());
+      }
     }
   }
 }
@@ -121,9 +134,11 @@ TEST_P(NormForwardTest, RowsFarFromZero) {
   for (const double mean : {1e4, 1e6}) {
     for (const std::int64_t cols : {64, 768, 775, 2048, 8200}) {
       SCOPED_TRACE(::testing::Message() << cols << " columns of mean " << mean);
-      Problem problem(generator, {3, cols}, kTypes[0], {}, {.affine = false, .mean = mean});
-      ASSERT_EQ(problem.run(), cudaSuccess);
-      problem.expect_correct();
+      for (const bool centered : {true, false}) {
+        Problem problem(generator, {3, cols}, kTypes[0], {}, {.centered = centered, .affine = false, .mean = mean});
+        ASSERT_EQ(problem.run(), cudaSuccess);
+        problem.expect_correct();
+      }
     }
   }
 }
@@ -151,26 +166,33 @@ TEST_P(NormForwardTest, LargeFloat16) {
     for (const std::int64_t cols : {64, 768, 775, 2048}) {
       for (const bool adds : {false, true}) {
         SCOPED_TRACE(::testing::Message() << cols << " columns of mean " << mean << (adds ? " and a residual" : ""));
-        Problem problem(generator, {3, cols}, kTypes[4], {},
-                        {.adds = adds, .stores_sum = true, .mean = mean, .deviation = deviation});
-        ASSERT_EQ(problem.run(), cudaSuccess);
-        problem.expect_correct();
+        for (const bool centered : {true, false}) {
+          Problem problem(
+              generator, {3, cols}, kTypes[4], {},
+              {.centered = centered, .adds = adds, .stores_sum = true, .mean = mean, .deviation = deviation});
+          ASSERT_EQ(problem.run(), cudaSuccess);
+          problem.expect_correct();
+        }
       }
     }
   }
 }
 
 TEST_P(NormForwardTest, SpecialValues) {
-  Problem problem(generator, {4, 775}, kTypes[1], {}, {.adds = true, .stores_sum = true, .dropout_p = 0.5});
-  const double infinity = std::numeric_limits<double>::infinity();
-  problem.input.set(0, 5, std::numeric_limits<double>::quiet_NaN());
-  for (std::int64_t col = 0; col < 775; ++col) {  // in dropped places alone
-    if (!problem.kept(1, col)) problem.input.set(1, col, infinity);
-    problem.input.set(2, col, 0.0), problem.residual.set(2, col, 3.0);
+  for (const bool centered : {true, false}) {
+    Problem problem(generator, {5, 775}, kTypes[1], {},
+                    {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.5});
+    const double infinity = std::numeric_limits<double>::infinity();
+    problem.input.set(0, 5, std::numeric_limits<double>::quiet_NaN());
+    for (std::int64_t col = 0; col < 775; ++col) {  // in dropped places alone
+      if (!problem.kept(1, col)) problem.input.set(1, col, infinity);
+      problem.input.set(2, col, 0.0), problem.residual.set(2, col, 3.0);
+      problem.input.set(4, col, 0.0), problem.residual.set(4, col, 0.0);
+    }
+    problem.residual.set(3, 7, -infinity);
+    ASSERT_EQ(problem.run(), cudaSuccess);
+    problem.expect_correct();
   }
-  problem.residual.set(3, 7, -infinity);
-  ASSERT_EQ(problem.run(), cudaSuccess);
-  problem.expect_correct();
 }
 
 TEST(ForwardPlanTest, HoldsEveryRow) {

@@ -21,6 +21,7 @@ FORWARD = KERNELS + "norm_forward.cuh"
 FORWARD_ANY = KERNELS + "norm_forward_any.cuh"
 FORWARD_LAUNCH = KERNELS + "norm_forward.cu"
 BACKWARD = KERNELS + "norm_backward.cuh"
+BACKWARD_LAUNCH = KERNELS + "norm_backward.cu"
 BACKWARD_ANY = KERNELS + "norm_backward_any.cuh"
 RESIDUAL_FORWARD = KERNELS + "residual_add_forward.cuh"
 RESIDUAL_BACKWARD = KERNELS + "residual_add_backward.cuh"
@@ -184,11 +185,12 @@ NORM_FORWARD = [
         "E[x^2] - mean^2 (forward)",
         FORWARD,
         {
-            "      squares[k] = x[i][k] * x[i][k];": "",
-            "      x[i][k] = is_element": (
-                "      squares[k] = is_element(i, k) ? x[i][k] * x[i][k] - rounded_mean * rounded_mean : 0.0F;\n"
-                "      x[i][k] = is_element"
+            "      moments[1] += sum_of_squares(x[i]);\n": "",
+            "#pragma unroll\n      for (int k = 0; k < kVector; ++k) x[i][k] = is_element": (
+                "      moments[1] += sum_of_squares(x[i]);\n"
+                "#pragma unroll\n      for (int k = 0; k < kVector; ++k) x[i][k] = is_element"
             ),
+            "- delta * delta;": "- rounded_mean * rounded_mean;",
         },
     ),
     Mutation(
@@ -220,7 +222,18 @@ NORM_FORWARD = [
         {"dropped(value, row * a.cols + column": "dropped(value, static_cast<std::uint32_t>(row * a.cols + column)"},
     ),
     Mutation("rows beyond the grid skipped (forward, any)", FORWARD_ANY, {"row += grid_blocks()": "row += a.rows"}),
-    Mutation("one slot for both sums (forward, any)", FORWARD_ANY, {"slot + slot_size": "slot"}),
+    Mutation("one slot for all row sums (forward, any)", FORWARD_ANY, {"slot + turn * slot_size": "slot"}),
+    Mutation(
+        "not centered: the sum for that of squares (forward)",
+        FORWARD,
+        {"kCentered ? sum_of<kVector>(x[i]) : sum_of_squares(x[i])": "sum_of<kVector>(x[i])"},
+    ),
+    Mutation("not centered: about the mean (forward, any)", FORWARD_ANY, {"if (a.centered) {": "if (true) {"}),
+    Mutation(
+        "not centered: mean corrected (forward, any)",
+        FORWARD_ANY,
+        {"a.centered ? moments[0] / count : Value(0)": "moments[0] / count"},
+    ),
 ]
 
 NORM_BACKWARD = [
@@ -319,6 +332,22 @@ NORM_BACKWARD = [
                 "    if (!has_grad_sum) return;\n"
             )
         },
+    ),
+    Mutation(
+        "input bias's sum in the bias's place (backward)",
+        BACKWARD,
+        {"sums[kSums - 1][i][k] += result[k]": "sums[1][i][k] += result[k]"},
+    ),
+    Mutation(
+        "input bias's sum in the bias's place (backward, any)",
+        BACKWARD_ANY,
+        {"partials[(sums - 1) * a.cols + column]": "partials[a.cols + column]"},
+    ),
+    Mutation("not centered: mean of g taken off (backward, any)", BACKWARD_ANY, {"if (!a.centered) continue;": ""}),
+    Mutation(
+        "launch: no room for a centered norm's row sums (backward)",
+        BACKWARD_LAUNCH,
+        {"plan.cluster, backward_row_sums(a.centered)": "plan.cluster, backward_row_sums(false)"},
     ),
     Mutation("one slot for all row sums (backward, any)", BACKWARD_ANY, {"slot + turn * slot_size": "slot"}),
     Mutation("partial sums not cleared (backward, any)", BACKWARD_ANY, {"partials[i] = Value(0)": "(void)i"}),

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "norm_backward_dispatch.cuh"
+
+namespace resnorm::cuda {
+
+RESNORM_NORM_BACKWARD_TYPES(, false, SameStream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, false, Float32Stream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, false, WideningStream<__nv_bfloat16>);
+
+}  // namespace resnorm::cuda

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "norm_forward_dispatch.cuh"
+
+namespace resnorm::cuda {
+
+RESNORM_NORM_FORWARD_TYPES(, false, SameStream<float>);
+
+}  // namespace resnorm::cuda

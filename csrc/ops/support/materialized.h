@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A formula as a device's kernel. Its results may be views, or one tensor twice, with whatever strides torch's
+// operators gave them; an operator's results alias nothing and have the strides that its meta kernel promises.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "checks.h"
+
+namespace resnorm::composite {
+
+// `gradient` in the dtype of what it belongs to, or what stands, like `like`, for one that is not wanted.
+inline Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype, const Tensor& like) {
+  return wanted ? gradient.to(dtype) : unused_result(like);
+}
+
+template <auto meta, auto formula>
+struct Materialized;
+
+template <auto meta, typename Result, typename... Args, Result (*formula)(Args...)>
+struct Materialized<meta, formula> {
+  static Result kernel(Args... args) {
+    Result results = meta(args...);
+    copy(results, formula(args...));
+    return results;
+  }
+
+ private:
+  static void copy(const Tensor& to, const Tensor& from) { to.copy_(from); }
+
+  template <typename... Tensors>
+  static void copy(const std::tuple<Tensors...>& to, const std::tuple<Tensors...>& from) {
+    [&]<size_t... i>(std::index_sequence<i...>) {
+      (copy(std::get<i>(to), std::get<i>(from)), ...);
+    }(std::index_sequence_for<Tensors...>());
+  }
+};
+
+}  // namespace resnorm::composite
