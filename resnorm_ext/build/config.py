@@ -20,7 +20,7 @@ CSRC = _PACKAGE.parent / "csrc" if IS_CHECKOUT else _PACKAGE / "_csrc"
 
 CXX_FLAGS = (
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-g0",
     "-DNDEBUG",
     "-fPIC",
@@ -32,12 +32,12 @@ CXX_FLAGS = (
 
 # Torch's own OpenMP runtime serves at::parallel_for: -fopenmp is for compiling only, never for linking, because a
 # second runtime would bring a second pool of threads. GCC 12 sees an overflow in torch's intrusive_ptr that is none.
-TORCH_FLAGS = ("-fopenmp", "-Wno-stringop-overflow")
+TORCH_FLAGS = ("-O2", "-fopenmp", "-Wno-stringop-overflow")
 
 # The last two lift what PyTorch forbids its own kernels, which use its half types in place of CUDA's.
 NVCC_FLAGS = (
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-Xcompiler=-fvisibility=hidden",
     "-lineinfo",
     "-U__CUDA_NO_HALF_CONVERSIONS__",
@@ -64,8 +64,6 @@ ISA_FLAGS = {
 
 # Kernels that are compiled once per instruction set, each family from one source; the slowest to compile first.
 FAMILIES = ("norm_backward", "norm_forward", "attention", "residual_add", "activation", "linear")
-# Those that avx512_bf16 has instructions for, which are matrix products; the others run there as avx512's.
-_BF16_FAMILIES = ("attention", "linear")
 
 # What most units that include torch include, compiled once for all of them.
 TORCH_HEADERS = "torch_headers.h"
@@ -130,7 +128,6 @@ def kernel_units(isas: tuple[str, ...]) -> list[Unit]:
             units[source] = Unit(source, flags=with_isas if family == "dispatch" else ())
             continue
         for isa in isas:
-            isa = "avx512" if isa == "avx512_bf16" and family not in _BF16_FAMILIES else isa
             units[source, isa] = Unit(source, isa, (*ISA_FLAGS[isa], f"-DRESNORM_ISA={isa}"))
     return list(units.values())
 

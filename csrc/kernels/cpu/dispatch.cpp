@@ -25,20 +25,19 @@ namespace {
 
 constexpr const char* kOverride = "RESNORM_CPU_ISA";
 
-// The table of an instruction set; what has no instructions of its own there comes from `rest`.
-#define RESNORM_KERNELS(isa, rest) \
-  {rest::norm_forward_kernels,     \
-   rest::norm_backward_kernels,    \
-   rest::residual_add_kernels,     \
-   rest::activation_kernels,       \
-   isa::attention_kernels,         \
-   isa::linear_kernels,            \
+#define RESNORM_KERNELS(isa)   \
+  {isa::norm_forward_kernels,  \
+   isa::norm_backward_kernels, \
+   isa::residual_add_kernels,  \
+   isa::activation_kernels,    \
+   isa::attention_kernels,     \
+   isa::linear_kernels,        \
    #isa}
 
 // The tables of every instruction set that this build has and whose flags name only features that this CPU and its
 // operating system have, weakest first.
 std::vector<KernelTable> make_supported_tables() {
-  std::vector<KernelTable> tables = {RESNORM_KERNELS(scalar, scalar)};
+  std::vector<KernelTable> tables = {RESNORM_KERNELS(scalar)};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   [[maybe_unused]] const bool avx2 =
@@ -47,13 +46,13 @@ std::vector<KernelTable> make_supported_tables() {
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq");
 #if defined(RESNORM_WITH_AVX2)
-  if (avx2) tables.push_back(RESNORM_KERNELS(avx2, avx2));
+  if (avx2) tables.push_back(RESNORM_KERNELS(avx2));
 #endif
 #if defined(RESNORM_WITH_AVX512)
-  if (avx512) tables.push_back(RESNORM_KERNELS(avx512, avx512));
+  if (avx512) tables.push_back(RESNORM_KERNELS(avx512));
 #endif
 #if defined(RESNORM_WITH_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(RESNORM_KERNELS(avx512_bf16, avx512));
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(RESNORM_KERNELS(avx512_bf16));
 #endif
 #endif
   return tables;
