@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | format | cpp-test | mutate | gpu-check | wheel | clean. PYTHON names the interpreter
+# make demo | test | bench | lint | format | cpp-test | gpu-check | wheel | clean. PYTHON names the interpreter
 # that .venv is made from, and that gpu-check uses as it is. OUT is where bench and gpu-check write.
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 PEERS := .venv-bench
 BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
 
-.PHONY: demo test bench lint format cpp-test mutate gpu-check wheel clean
+.PHONY: demo test bench lint format cpp-test gpu-check wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -52,10 +52,6 @@ cpp-test:
 	cmake -S . -B $(CMAKE_BUILD) $(CMAKE_FLAGS)
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
-
-# Whether the tests of the CUDA kernels notice faults: hours on 2 cores. WORDS="row sum" tries those of such a name alone.
-mutate:
-	$(PYTHON) tests/cpp/mutation/mutate.py $(WORDS)
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(OUT)

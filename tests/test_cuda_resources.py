@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CUDA compiler makes of the kernels, on every architecture that a wheel has: nothing spilled to memory, and
+"""What the CUDA compiler makes of the kernels, on every architecture that a wheel has, or
+TORCH_CUDA_ARCH_LIST names: nothing spilled to memory, and
 registers few enough for the threads that plans put on a multiprocessor. Needs nvcc, no GPU."""
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import pytest
 
 from resnorm_ext.build import config, toolchain
+
+pytestmark = pytest.mark.cuda_compile
 
 
 class Resources(NamedTuple):
@@ -33,7 +36,8 @@ def nvcc(tmp_path_factory):
 def resources(nvcc, tmp_path_factory) -> dict[tuple[str, str], list[Resources]]:
     """Of every kernel, by source and architecture."""
     folder = tmp_path_factory.mktemp("cubins")
-    units = [(unit.source, arch) for unit in config.cuda_units() for arch in config.CUDA_ARCHITECTURES]
+    architectures = toolchain.cuda_architectures(config.CUDA_ARCHITECTURES, [*config.CUDA_ARCHITECTURES])
+    units = [(unit.source, arch.removesuffix("+PTX")) for unit in config.cuda_units() for arch in architectures]
 
     def compile_unit(unit: tuple[str, str]) -> list[Resources]:
         source, architecture = unit
