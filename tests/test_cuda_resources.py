@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CUDA compiler makes of the kernels, on every architecture that a wheel has, or
-TORCH_CUDA_ARCH_LIST names: nothing spilled to memory, and
-registers few enough for the threads that plans put on a multiprocessor. Needs nvcc, no GPU."""
+"""What the CUDA compiler makes of the kernels, on every architecture that a wheel has or TORCH_CUDA_ARCH_LIST names:
+nothing spilled to memory, and registers few enough for the threads that plans put on a multiprocessor. Needs nvcc, no
+GPU."""
 
 from __future__ import annotations
 
