@@ -3,9 +3,9 @@
 // knows of torch, so the kernels compile in seconds and are tested alone.
 //
 // Every matrix is `rows` rows of `cols` contiguous elements; only the distance between rows is free. Statistics,
-// accumulation and the column sums of a backward pass are of the accumulation type: float64 where a norm's sum (its input
-// where there is no residual) or output (its gradient) is float64, in residual_add where any matrix is, else float32. A
-// null data pointer means that the operand is absent.
+// accumulation and the column sums of a backward pass are of the accumulation type: float64 where a norm's sum (its
+// input where there is no residual) or output (its gradient) is float64, in residual_add where any matrix is, else
+// float32. A null data pointer means that the operand is absent.
 #pragma once
 
 #include <cstdint>
