@@ -4,14 +4,8 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Proxy
 
 from .build.extension import assume_constant_result
-
-
-def is_symbolic(*arguments: object) -> bool:
-    """Whether torch.fx passes through: one of ``arguments`` stands for a value that only the graph will have."""
-    return any(isinstance(argument, Proxy) for argument in arguments)
 
 
 def is_exported() -> bool:

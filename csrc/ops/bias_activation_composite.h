@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// bias_activation in torch's own operators; see layer_norm.h beside this file.
+// bias_activation in torch's own operators; see norm_composite.h.
 #pragma once
 
 #include "bias_activation.h"

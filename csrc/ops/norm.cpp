@@ -224,7 +224,7 @@ NormGradients norm_backward_meta(const NormBackwardCall& call) {
               norm_name(false, centered), ", but got ", centered ? "None" : "one");
   if (centered) check_out("mean", *mean, rows, accumulation, sum.device());
   check_out("rstd", rstd, rows, accumulation, sum.device());
-  if (weight.has_value()) check_shape("weight", *weight, shape);
+  check_parameter("weight", weight, shape, grad_output);
   check_wanted("input_bias", wanted[2], input_bias, shape);
   check_wanted("weight", wanted[3], weight, shape);
   check_wanted("bias", wanted[4], bias, shape);
@@ -239,6 +239,7 @@ void norm_out_meta(const NormCall& call, const Tensor& output, const OptionalTen
   check_norm(call);
   const auto sizes = call.input.sym_sizes();
   check_out("out", output, sizes, call.input.scalar_type(), call.input.device());
+  TORCH_CHECK(!sum.has_value() || call.residual.has_value(), "Expected a residual beside the sum's out, but got None");
   if (sum.has_value()) check_out("the sum's out", *sum, sizes, norm_sum_dtype(call), call.input.device());
 }
 

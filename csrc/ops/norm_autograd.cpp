@@ -16,17 +16,15 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Which gradients are wanted, in the order of NormGradients.
-using Wanted = std::array<bool, 5>;
-
 class NormFunction : public torch::autograd::Function<NormFunction> {
  public:
-  // The tensors that have gradients, for autograd to see, and the call of which they are. Returns the output and, where
-  // there is a residual, the sum.
+  // The tensors that have gradients, for autograd to see, and the call of which they are. Returns the output, the sum
+  // where there is a residual, and where they are wanted the statistics, which have no gradients of their own.
   static variable_list forward(AutogradContext* context, const Tensor& input, const OptionalTensor& residual,
                                const OptionalTensor& input_bias, const OptionalTensor& weight,
                                const OptionalTensor& bias, NormCall call) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const bool returns_statistics = call.wants_statistics;
     call.wants_sum = call.wants_statistics = true;
     auto [output, sum, mean, rstd] = norm_forward(call);
     context->set_materialize_grads(false);
@@ -34,11 +32,19 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
                                 bias.value_or(Tensor()), input_bias.value_or(Tensor()), call.seed.value_or(Tensor())});
     context->saved_data["row_dims"] = static_cast<int64_t>(call.normalized_shape.size());
     context->saved_data["eps"] = call.eps;
-    if (!residual.has_value()) return {output};
-    context->saved_data["dropout_p"] = call.dropout_p;
-    context->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
-    context->saved_data["residual_dtype"] = static_cast<int64_t>(residual->scalar_type());
-    return {output, sum};
+    variable_list results = {output};
+    if (residual.has_value()) {
+      context->saved_data["dropout_p"] = call.dropout_p;
+      context->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
+      context->saved_data["residual_dtype"] = static_cast<int64_t>(residual->scalar_type());
+      results.push_back(sum);
+    }
+    if (returns_statistics) {
+      if (mean.defined()) results.push_back(mean);
+      results.push_back(rstd);
+      context->mark_non_differentiable(variable_list(results.begin() + (residual.has_value() ? 2 : 1), results.end()));
+    }
+    return results;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -46,10 +52,10 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
     const auto& sum = saved[0];
     const auto mean = saved_optional(saved[1]), weight = saved_optional(saved[3]), bias = saved_optional(saved[4]);
     const auto input_bias = saved_optional(saved[5]), seed = saved_optional(saved[6]);
-    const bool adds = grads.size() > 1;
+    auto& data = context->saved_data;
+    const bool adds = data.find("dropout_p") != data.end();
     const auto wanted =
         wanted_gradients<5>(*context, {true, adds, input_bias.has_value(), weight.has_value(), bias.has_value()});
-    auto& data = context->saved_data;
     const auto dropout_p = adds ? data["dropout_p"].toDouble() : 0.0;
     const auto input_dtype = adds ? data["input_dtype"].toScalarType() : sum.scalar_type();
     const auto residual_dtype = adds ? data["residual_dtype"].toScalarType() : sum.scalar_type();
@@ -90,12 +96,15 @@ bool requires_norm_grad(const NormCall& call) {
   return requires_grad(call.input, call.residual, call.input_bias, call.weight, call.bias);
 }
 
-// Results of which a backward pass is recorded; the sum without being wanted too, as it is there.
+// Results of which a backward pass is recorded.
 NormResults differentiable_norm(const NormCall& call) {
   auto results = NormFunction::apply(call.input, call.residual, call.input_bias, call.weight, call.bias, call);
   NormResults named;
-  named.output = std::move(results[0]);
-  if (call.wants_sum && results.size() > 1) named.sum = std::move(results[1]);
+  auto next = results.begin();
+  named.output = *next++;
+  if (call.residual.has_value()) named.sum = call.wants_sum ? *next : Tensor(), ++next;
+  if (call.wants_statistics && call.centered) named.mean = *next++;
+  if (call.wants_statistics) named.rstd = *next;
   return named;
 }
 

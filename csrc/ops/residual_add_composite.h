@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// residual_add in torch's own operators; see layer_norm.h beside this file.
+// residual_add in torch's own operators; see norm_composite.h.
 #pragma once
 
 #include "residual_add.h"

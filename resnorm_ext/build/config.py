@@ -6,6 +6,7 @@ missing."""
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -83,10 +84,12 @@ def all_isas() -> tuple[str, ...]:
 
 
 def best_isas() -> tuple[str, ...]:
-    """Of those the last whose features this CPU has, which is the one that it will run, and what runs everywhere."""
+    """Of those the last whose features this CPU has, which is the one that it will run, what runs everywhere, and what
+    RESNORM_CPU_ISA asks for."""
     features = cpu_features()
-    *_, best = (isa for isa in all_isas() if features_of(isa) <= features)
-    return tuple(dict.fromkeys(("scalar", best)))
+    usable = [isa for isa in all_isas() if features_of(isa) <= features]
+    wanted = {"scalar", usable[-1], os.environ.get("RESNORM_CPU_ISA")}
+    return tuple(isa for isa in usable if isa in wanted)
 
 
 def features_of(isa: str) -> set[str]:

@@ -108,7 +108,7 @@ def loaded() -> ModuleType | None:
 
 
 def find_built() -> Path | None:
-    """The extension that an installation or an in-place build put beside this file."""
+    """The extension that an installation or an in-place build put into the package."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         if (library := _PACKAGE / f"_C{suffix}").is_file():
             return library

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from .toolchain import BuildError, Toolchain
 
 # Libraries kept of a checkout that is edited: the one that was made last, and what running processes may yet load.
 _KEPT_LIBRARIES = 3
+# What other toolchains and checkouts have compiled, 300 MB each, goes when nobody has used it for a month.
+_KEPT_SECONDS = 30 * 24 * 3600
 
 
 def compiled_library() -> Path:
@@ -39,14 +42,12 @@ def compiled_library() -> Path:
     toolchain = detect()
     library = _cached_library(toolchain)
     try:
-        if not _is_complete(library):
-            _compile(toolchain, library)
+        return library if _is_complete(library) else _compile(toolchain, library)
     except OSError as error:
         raise BuildError(
             f"the C++ extension cannot be compiled in {cache_directory()}: {error}. "
             "Name a folder that can be written in RESNORM_CACHE_DIR."
         ) from error
-    return library
 
 
 def find_cached() -> Path | None:
@@ -56,9 +57,12 @@ def find_cached() -> Path | None:
 
 
 def cache_directory() -> Path:
-    if directory := os.environ.get("RESNORM_CACHE_DIR"):
-        return Path(directory).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "resnorm_ext"
+    try:
+        if directory := os.environ.get("RESNORM_CACHE_DIR"):
+            return Path(directory).expanduser().resolve()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "resnorm_ext"
+    except RuntimeError as error:  # there is no home
+        raise BuildError(f"{error} Name a folder for compiled extensions in RESNORM_CACHE_DIR.") from error
 
 
 def detect() -> Toolchain:
@@ -91,26 +95,35 @@ def _is_complete(library: Path) -> bool:
     return library.is_file() and libraries.info_path(library).is_file()
 
 
-def _compile(toolchain: Toolchain, library: Path) -> None:
+def _compile(toolchain: Toolchain, library: Path) -> Path:
+    """``library``, or that of the sources as they are when they have been compiled."""
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     objects = cache / f"{_workplace(toolchain)}-objects"
     with _lock(cache / f"{objects.name}.lock") as lock:
         if _is_complete(library):  # by another process, while this one waited
-            return
+            return library
         with Progress(f"{toolchain.kernels}, with PyTorch {toolchain.torch}; kept in {cache}") as progress:
             objects.mkdir(exist_ok=True)
-            _run_worker(toolchain, objects, lock, progress)
+            while True:
+                _run_worker(toolchain, objects, lock, progress)
+                wanted, library = library, _cached_library(toolchain)
+                if wanted == library:
+                    break  # else somebody has edited the sources meanwhile
             _publish(objects / ninja.LIBRARY, toolchain, library)
         if not config.IS_CHECKOUT:  # nobody edits the sources of an installed package
             shutil.rmtree(objects, ignore_errors=True)
         libraries_made = sorted(cache.glob(f"{_workplace(toolchain)}-*/_C.so"), key=lambda path: path.stat().st_mtime)
         for superseded in libraries_made[:-_KEPT_LIBRARIES]:
             shutil.rmtree(superseded.parent, ignore_errors=True)
+        for other in cache.glob("*-objects"):
+            if other != objects and time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+    return library
 
 
 def _run_worker(toolchain: Toolchain, folder: Path, lock: int, progress: Progress) -> None:
-    command = [sys.executable, "-m", f"{__package__}.worker", str(folder), str(os.getpid())]
+    command = [sys.executable, "-m", f"{__package__}.worker", str(folder), str(os.getpid()), str(lock)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     process = subprocess.Popen(
         command,

@@ -15,7 +15,8 @@ from .toolchain import Toolchain
 def key(toolchain: Toolchain) -> str:
     """Names everything that decides what a library is."""
     how = [Path(__file__).with_name(name).read_bytes() for name in ("config.py", "ninja.py")]
-    flags = {name: os.environ.get(name) for name in ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
+    names = ("CC", "CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    flags = {name: os.environ.get(name) for name in names}
     return hashlib.sha256(repr((config.source_hash(), how, flags, toolchain, python_abi())).encode()).hexdigest()
 
 

@@ -25,6 +25,16 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _fit(input: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether the operators take such a weight beside such an input. torch's rms_norm, which promotes, takes any."""
+    if input == weight:
+        return input in (torch.float32, torch.float64, *_HALVES)
+    return weight == torch.float32 and input in _HALVES
+
+
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`: the same constructor, parameters and results, computed by ``functional.layer_norm``.
 
@@ -47,7 +57,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`: the same constructor, parameters and results, computed by ``functional.rms_norm``.
 
-    Shapes and dtypes are as for :class:`LayerNorm`.
+    Shapes are as for :class:`LayerNorm`. Beside dtypes that the operator does not take torch's own forward runs.
     """
 
     _torch_forward = for_torchscript(nn.RMSNorm.forward)
@@ -57,7 +67,10 @@ class RMSNorm(nn.RMSNorm):
             return self._torch_forward(x)
         if not isinstance(self, RMSNorm) or asks_for_original(x) or RMS_NORM_ORIGINALS.reason() is not None:
             return run_original(nn.RMSNorm, self, x)
-        return functional.rms_norm(x, self.normalized_shape, _parameter(self, "weight"), self.eps)
+        weight = _parameter(self, "weight")
+        if not _fit(x.dtype, x.dtype if weight is None else weight.dtype):
+            return run_original(nn.RMSNorm, self, x)
+        return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class _AddNorm:

@@ -173,6 +173,19 @@ def test_a_compiler_that_breaks_down_leaves_nothing_and_the_next_call_goes_on(
     assert sources(tmp_path) == ["python.cpp", "python.cpp", "second.cpp"]
 
 
+def test_sources_that_are_edited_while_they_compile(project: Project, tmp_path: Path):
+    """What comes of it is what the sources are then, and is never taken for what they were."""
+    cxx, right = logging_compiler(tmp_path), project.source.read_text()
+    (tmp_path / "hang").touch()
+    process = project.start("-c", LOAD, CXX=cxx)
+    wait_for(lambda: compiled(tmp_path))
+    project.source.write_text(right.replace("42", "43"))
+    (tmp_path / "hang").unlink()
+    assert process.communicate(timeout=300)[0] == "43\n"
+    project.source.write_text(right)
+    assert project.run("-c", LOAD, CXX=cxx).stdout == "42\n"
+
+
 def test_a_source_that_does_not_compile(project: Project):
     right = project.source.read_text()
     project.source.write_text("#error this cannot compile\n")

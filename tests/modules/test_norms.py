@@ -57,6 +57,22 @@ def test_rms_norm(shape, options):
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("weight", [torch.float32, torch.float64, torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
+)
+def test_rms_norm_takes_all_dtypes_that_torchs_takes(dtype, weight):
+    stock = nn.RMSNorm(8, elementwise_affine=weight is not None, dtype=weight)
+    ours, x = resnorm_ext.accelerate(copy.deepcopy(stock)), torch.randn(3, 8).to(dtype)
+    try:
+        expected = stock(x)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            ours(x)
+        return
+    torch.testing.assert_close(ours(x), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("prenorm", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
 def test_add_rms_norm(options, prenorm):

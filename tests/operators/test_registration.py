@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +92,37 @@ def test_opcheck_of_public_operators(name, requires_grad):
 @pytest.mark.parametrize("name", inner_samples())
 def test_opcheck_of_inner_operators(name):
     torch.library.opcheck(operator(name), inner_samples()[name])
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_a_recorded_training_step_is_replayed(case):
+    """With leaves that require grad too: the statistics that it takes from the forward pass are there."""
+    inputs = case.make_inputs((4, N))
+
+    def step(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = case.ours(dict(zip(inputs, leaves)))
+        return torch.autograd.grad(sum(output.square().sum() for output in outputs), leaves)
+
+    leaves = list(require_grad(inputs).values())
+    torch.testing.assert_close(make_fx(step)(*leaves)(*leaves), step(*leaves))
+
+
+def test_statistics_are_returned_beside_a_backward_pass_too():
+    x, weight = tensors((2, N), (N,), requires_grad=True)
+    for residual in (None, x.detach()):
+        call = (x, residual, None, 0.0, None, None, ROW, weight, None, 1e-5, True, residual is not None, True)
+        results = operator("_norm_forward")(*call)
+        with torch.no_grad():
+            expected = operator("_norm_forward")(*call)
+        assert [r is None for r in results] == [e is None for e in expected]
+        assert results[0].requires_grad and not results[2].requires_grad and not results[3].requires_grad
+        torch.testing.assert_close(results[2:], expected[2:])
+
+
+def test_a_sums_out_needs_a_residual():
+    x = torch.randn(2, N)
+    with pytest.raises(RuntimeError, match="Expected a residual beside the sum's out"):
+        operator("_norm_out")(x, None, None, 0.0, None, None, ROW, None, None, 1e-5, True, x.clone(), x.clone())
 
 
 def test_every_operator_has_its_samples_here():

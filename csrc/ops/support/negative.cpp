@@ -11,7 +11,9 @@ namespace resnorm {
 namespace {
 
 void refuse_negative(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
-  TORCH_CHECK(false, op.schema().name(), " expects tensors without the negative bit: call resolve_neg() on them first");
+  const auto& name = op.schema().name();
+  TORCH_CHECK(false, name == "resnorm::_norm_out" ? "a norm with out" : name,
+              " expects tensors without the negative bit: call resolve_neg() on them first");
 }
 
 }  // namespace

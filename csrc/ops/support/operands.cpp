@@ -65,8 +65,6 @@ Rows result_rows(const at::Tensor& result, int64_t row_dims, bool wanted) {
   return {result.mutable_data_ptr(), row_counts(result, row_dims).cols, kernel_dtype(result.scalar_type())};
 }
 
-Rows unstored_rows(at::ScalarType dtype) { return {.dtype = kernel_dtype(dtype)}; }
-
 Vector result_vector(const at::Tensor& result, bool wanted) {
   if (!wanted) return {};
   return {result.mutable_data_ptr(), kernel_dtype(result.scalar_type())};

@@ -50,7 +50,6 @@ class VectorView {
 
 // A freshly allocated result; one that was not asked for (unused_result) is an absent operand.
 Rows result_rows(const at::Tensor& result, int64_t row_dims, bool wanted);
-Rows unstored_rows(at::ScalarType dtype);  // absent, but of a dtype that counts
 Vector result_vector(const at::Tensor& result, bool wanted);
 
 DType kernel_dtype(at::ScalarType dtype);
