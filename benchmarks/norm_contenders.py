@@ -116,20 +116,11 @@ def _backward(bind: Bind, gradients: tuple[Tensor, ...], *arguments) -> Call:
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-def _our_norm_backward(gradients, x, shape, weight, bias, eps, centered: bool = True) -> Call:
-    norm = (shape, weight, bias, eps, centered)
+def _our_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
+    norm = (shape, weight, bias, eps, True)
     _, _, mean, rstd = torch.ops.resnorm._norm_forward(x, None, None, 0.0, None, None, *norm, False, True)
     saved = (None, x, mean, rstd, None, 0.0, None, x.dtype)
     return partial(torch.ops.resnorm._norm_backward, *gradients, *saved, *norm, _wanted(x, None, None, weight, bias))
-
-
-def _our_rms_backward(gradients, x, shape, weight, eps) -> Call:
-    return _our_norm_backward(gradients, x, shape, weight, None, eps, centered=False)
-
-
-def _their_rms_backward(gradients, x, shape, weight, eps) -> Call:
-    """By autograd: torch has no operator for it on a CPU."""
-    return _backward(_direct(F.rms_norm), gradients, x, shape, weight, eps)
 
 
 def _their_norm_backward(gradients, x, shape, weight, bias, eps) -> Call:
@@ -172,7 +163,8 @@ def _wanted(*tensors: Tensor | None) -> list[bool]:
 _BACKWARD_OPERATORS = {
     "layer_norm backward": (_our_norm_backward, _their_norm_backward),
     "add_layer_norm backward": (_our_add_backward, _their_add_backward),
-    "rms_norm backward": (_our_rms_backward, _their_rms_backward),
+    # Both by autograd, because torch has no operator of its own for it on the CPU.
+    "rms_norm backward": tuple(partial(_backward, _direct(function)) for function in (rms_norm, F.rms_norm)),
 }
 
 

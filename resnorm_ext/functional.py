@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _is_tracing
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
 from . import composite, sharding
@@ -70,7 +71,7 @@ def rms_norm(
 
     As ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019, "Root mean square layer normalization"). Squares are
     summed in the accumulation type: a row whose squares add up beyond float32's range, 3e38, gives zeros, as torch's
-    does; elements of up to 1e17 are safe in rows of any length.
+    does.
 
     Args:
         input: ``(*, *normalized_shape)``.
@@ -160,10 +161,40 @@ def add_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` or ``residual`` is not floating point.
     """
-    norm = (normalized_shape, weight, bias, eps)
-    return _add_norm(
-        "add_layer_norm", input, residual, norm, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out
+    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
+    if out is None:
+        y, s = _call(
+            "add_layer_norm",
+            input,
+            residual,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            input_bias,
+            dropout_p,
+            seed,
+            prenorm,
+            residual_dtype,
+        )
+        return (y, s) if prenorm else y
+    y_out, s_out = _outputs(out, prenorm)
+    _call(
+        "add_layer_norm_out",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        input_bias,
+        dropout_p,
+        seed,
+        residual_dtype,
+        y_out,
+        s_out,
     )
+    return out
 
 
 def add_rms_norm(
@@ -192,10 +223,38 @@ def add_rms_norm(
 
     Returns, Raises: as :func:`add_layer_norm`.
     """
-    norm = (normalized_shape, weight, eps)
-    return _add_norm(
-        "add_rms_norm", input, residual, norm, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out
+    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
+    if out is None:
+        y, s = _call(
+            "add_rms_norm",
+            input,
+            residual,
+            normalized_shape,
+            weight,
+            eps,
+            input_bias,
+            dropout_p,
+            seed,
+            prenorm,
+            residual_dtype,
+        )
+        return (y, s) if prenorm else y
+    y_out, s_out = _outputs(out, prenorm)
+    _call(
+        "add_rms_norm_out",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        eps,
+        input_bias,
+        dropout_p,
+        seed,
+        residual_dtype,
+        y_out,
+        s_out,
     )
+    return out
 
 
 def bias_activation(
@@ -270,29 +329,6 @@ def packed_attention(
     return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal)
 
 
-def _add_norm(
-    name: str,
-    input: Tensor,
-    residual: Tensor,
-    norm: tuple,
-    input_bias: Tensor | None,
-    dropout_p: float,
-    training: bool,
-    seed: Tensor | None,
-    prenorm: bool,
-    residual_dtype: torch.dtype | None,
-    out: Tensor | tuple[Tensor, Tensor] | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What operator ``name`` returns; ``norm`` are its arguments from normalized_shape to eps."""
-    input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
-    if out is None:
-        y, s = _call(name, input, residual, *norm, input_bias, dropout_p, seed, prenorm, residual_dtype)
-        return (y, s) if prenorm else y
-    outputs = _outputs(out, prenorm)
-    _call(f"{name}_out", input, residual, *norm, input_bias, dropout_p, seed, residual_dtype, *outputs)
-    return out
-
-
 def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
     """What operator ``name`` returns.
 
@@ -300,7 +336,7 @@ def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
     traces or ``__torch_function__`` asks to see the call. What to do where it is refused is thought of only then: calls
     that go through pay nothing for it.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _prepare_for_tracing()
         by_torch = arguments[0].is_nested or is_exported()
         return getattr(composite if by_torch else torch.ops.resnorm, name)(*arguments)
@@ -352,13 +388,14 @@ def _is_foreign(value: object) -> bool:
 
 def _outputs(out: object, prenorm: bool) -> tuple[Tensor, Tensor | None]:
     """``out`` as (y, s)."""
+    if isinstance(out, Tensor) and not prenorm:
+        return out, None
     if prenorm and not (isinstance(out, tuple | list) and len(out) == 2):
         raise TypeError(f"expected out to be a pair (y, s), as prenorm=True returns, but got {type(out).__name__}")
-    y, s = out if prenorm else (out, None)
-    for tensor in (y, s) if prenorm else (y,):
+    for tensor in out if prenorm else (out,):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected out to be a Tensor, but got {type(tensor).__name__}")
-    return y, s
+    return tuple(out)
 
 
 def _dropout(

@@ -124,7 +124,7 @@ def _dim(axes: str, axis: int | str, rows: range) -> int | None:
 
 
 def _wanted(given: dict[str, object], results: int) -> Sequence[bool]:
-    """Which of an operator's results are asked for: the others are empty tensors."""
+    """Which of an operator's results are asked for: the others are empty, or none."""
     if "output_mask" in given:
         return given["output_mask"]
     if "wants_sum" in given:

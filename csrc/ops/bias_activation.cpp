@@ -53,8 +53,7 @@ std::tuple<Tensor, Tensor> bias_activation_backward_meta(const Tensor& grad_outp
   check_bias_activation(input, bias, activation);
   check_out("grad_output", grad_output, input.sym_sizes(), input.scalar_type(), input.device());
   check_wanted("bias", output_mask[1], bias, row_shape(input));
-  return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : unused_result(input),
-          empty_gradient_like(bias, output_mask[1], input)};
+  return {empty_gradient_like(input, input.scalar_type(), output_mask[0]), empty_gradient_like(bias, output_mask[1])};
 }
 
 TORCH_LIBRARY_FRAGMENT(resnorm, m) {

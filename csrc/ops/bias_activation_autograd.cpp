@@ -29,7 +29,7 @@ class BiasActivationFunction : public torch::autograd::Function<BiasActivationFu
     const auto wanted = wanted_gradients<2>(*context, {true, bias.has_value()});
     const auto [grad_input, grad_bias] =
         bias_activation_backward(grads[0], saved[0], bias, context->saved_data["activation"].toStringRef(), wanted);
-    return {if_wanted(wanted[0], grad_input), if_wanted(wanted[1], grad_bias), Tensor()};
+    return {grad_input, grad_bias, Tensor()};
   }
 };
 

@@ -37,9 +37,8 @@ std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad_output, c
   bias_activation_backward_meta(grad_output, input, bias, activation, output_mask);
   const auto x = preactivation(input, bias);
   const auto grad_input = activate_backward(parse_activation(activation), grad_output.to(x.scalar_type()), x);
-  return {
-      requested_gradient(output_mask[0], grad_input, input.scalar_type(), input),
-      output_mask[1] ? grad_input.sum_to_size_symint(bias->sym_sizes()).to(bias->scalar_type()) : unused_result(input)};
+  return {output_mask[0] ? grad_input.to(input.scalar_type()) : Tensor(),
+          parameter_gradient(output_mask[1], grad_input, bias)};
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {

@@ -228,11 +228,9 @@ NormGradients norm_backward_meta(const NormBackwardCall& call) {
   check_wanted("input_bias", wanted[2], input_bias, shape);
   check_wanted("weight", wanted[3], weight, shape);
   check_wanted("bias", wanted[4], bias, shape);
-  const auto sizes = sum.sym_sizes();
-  return {wanted[0] ? at::empty_symint(sizes, grad_output.options()) : unused_result(sum),
-          wanted[1] ? at::empty_symint(sizes, sum.options().dtype(residual_dtype)) : unused_result(sum),
-          empty_gradient_like(input_bias, wanted[2], sum), empty_gradient_like(weight, wanted[3], sum),
-          empty_gradient_like(bias, wanted[4], sum)};
+  return {empty_gradient_like(sum, grad_output.scalar_type(), wanted[0]),
+          empty_gradient_like(sum, residual_dtype, wanted[1]), empty_gradient_like(input_bias, wanted[2]),
+          empty_gradient_like(weight, wanted[3]), empty_gradient_like(bias, wanted[4])};
 }
 
 void norm_out_meta(const NormCall& call, const Tensor& output, const OptionalTensor& sum) {

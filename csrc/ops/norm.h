@@ -54,7 +54,7 @@ struct NormBackwardCall {
   std::array<bool, 5> output_mask;  // which gradients are wanted
 };
 
-// Gradients of (input, residual, input_bias, weight, bias); those that are not wanted are empty.
+// Gradients of (input, residual, input_bias, weight, bias); those that are not wanted are undefined.
 using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // ---- Through the dispatcher

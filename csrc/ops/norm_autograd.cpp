@@ -28,8 +28,8 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
     call.wants_sum = call.wants_statistics = true;
     auto [output, sum, mean, rstd] = norm_forward(call);
     context->set_materialize_grads(false);
-    context->save_for_backward({residual.has_value() ? sum : input, mean, rstd, weight.value_or(Tensor()),
-                                bias.value_or(Tensor()), input_bias.value_or(Tensor()), call.seed.value_or(Tensor())});
+    variable_list saved = {residual.has_value() ? sum : input, mean, rstd, weight.value_or(Tensor()),
+                           bias.value_or(Tensor())};
     context->saved_data["row_dims"] = static_cast<int64_t>(call.normalized_shape.size());
     context->saved_data["eps"] = call.eps;
     variable_list results = {output};
@@ -37,8 +37,10 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
       context->saved_data["dropout_p"] = call.dropout_p;
       context->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
       context->saved_data["residual_dtype"] = static_cast<int64_t>(residual->scalar_type());
+      saved.insert(saved.end(), {input_bias.value_or(Tensor()), call.seed.value_or(Tensor())});
       results.push_back(sum);
     }
+    context->save_for_backward(std::move(saved));
     if (returns_statistics) {
       if (mean.defined()) results.push_back(mean);
       results.push_back(rstd);
@@ -51,9 +53,10 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
     const auto saved = context->get_saved_variables();
     const auto& sum = saved[0];
     const auto mean = saved_optional(saved[1]), weight = saved_optional(saved[3]), bias = saved_optional(saved[4]);
-    const auto input_bias = saved_optional(saved[5]), seed = saved_optional(saved[6]);
     auto& data = context->saved_data;
-    const bool adds = data.find("dropout_p") != data.end();
+    const bool adds = saved.size() > 5;
+    const auto input_bias = adds ? saved_optional(saved[5]) : std::nullopt;
+    const auto seed = adds ? saved_optional(saved[6]) : std::nullopt;
     const auto wanted =
         wanted_gradients<5>(*context, {true, adds, input_bias.has_value(), weight.has_value(), bias.has_value()});
     const auto dropout_p = adds ? data["dropout_p"].toDouble() : 0.0;
@@ -76,12 +79,7 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
     const auto [grad_input, grad_residual, grad_input_bias, grad_weight, grad_bias] =
         norm_backward({grads[0], grad_sum, sum, mean, saved[2], input_bias, dropout_p, seed, residual_dtype,
                        normalized_shape, weight, bias, data["eps"].toDouble(), mean.has_value(), computed});
-    return {if_wanted(wanted[0], shared ? grad_residual : grad_input),
-            if_wanted(wanted[1], grad_residual),
-            if_wanted(wanted[2], grad_input_bias),
-            if_wanted(wanted[3], grad_weight),
-            if_wanted(wanted[4], grad_bias),
-            Tensor()};
+    return {shared ? grad_residual : grad_input, grad_residual, grad_input_bias, grad_weight, grad_bias, Tensor()};
   }
 
  private:

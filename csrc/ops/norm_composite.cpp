@@ -86,16 +86,12 @@ NormGradients norm_backward(const NormBackwardCall& call) {
   auto grad_sum = rstd * along;
   if (call.grad_sum.has_value()) grad_sum = grad_sum + call.grad_sum->to(accumulation);
   const auto grad_input = dropout(grad_sum, call.dropout_p, call.seed);
-  const auto of_parameter = [&](bool wanted, const Tensor& rows, const OptionalTensor& parameter) {
-    return wanted ? rows.sum_to_size_symint(call.normalized_shape).to(parameter->scalar_type())
-                  : unused_result(call.sum);
-  };
   const auto& wanted = call.output_mask;
-  return {requested_gradient(wanted[0], grad_input, call.grad_output.scalar_type(), call.sum),
-          requested_gradient(wanted[1], grad_sum, call.residual_dtype, call.sum),
-          of_parameter(wanted[2], grad_input, call.input_bias),
-          of_parameter(wanted[3], grad_output * normalized, call.weight),
-          of_parameter(wanted[4], grad_output, call.bias)};
+  return {wanted[0] ? grad_input.to(call.grad_output.scalar_type()) : Tensor(),
+          wanted[1] ? grad_sum.to(call.residual_dtype) : Tensor(),
+          parameter_gradient(wanted[2], grad_input, call.input_bias),
+          parameter_gradient(wanted[3], grad_output * normalized, call.weight),
+          parameter_gradient(wanted[4], grad_output, call.bias)};
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {

@@ -2,6 +2,7 @@
 // Between the dispatcher, which passes the arguments of a schema one by one, and the functions that take a NormCall.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "norm.h"
@@ -32,7 +33,7 @@ inline Tensor norm_result(NormResults results, const NormCall& /*call*/) {
 }
 template <>
 inline std::tuple<Tensor, Tensor> norm_result(NormResults results, const NormCall& call) {
-  return {std::move(results.output), call.wants_sum ? std::move(results.sum) : unused_result(call.input)};
+  return {std::move(results.output), call.wants_sum ? std::move(results.sum) : at::empty({0}, call.input.options())};
 }
 
 struct LayerNormOperator {

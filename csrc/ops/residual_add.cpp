@@ -67,9 +67,8 @@ std::tuple<Tensor, Tensor> residual_add_backward_meta(const Tensor& grad_output,
                                                       at::ScalarType input_dtype, std::array<bool, 2> output_mask) {
   check_dropout(dropout_p, seed, grad_output);
   check_wanted("input_bias", output_mask[1], input_bias, trailing_shape(grad_output, input_bias));
-  return {output_mask[0] ? at::empty_symint(grad_output.sym_sizes(), grad_output.options().dtype(input_dtype))
-                         : unused_result(grad_output),
-          empty_gradient_like(input_bias, output_mask[1], grad_output)};
+  return {empty_gradient_like(grad_output, input_dtype, output_mask[0]),
+          empty_gradient_like(input_bias, output_mask[1])};
 }
 
 TORCH_LIBRARY_FRAGMENT(resnorm, m) {

@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> residual_add_gradients(const Tensor& grad_out
     std::tie(grad_input, grad_input_bias) =
         residual_add_backward(grad_output, input_bias, dropout_p, seed, input_dtype, {wanted[0] && !passes, wanted[2]});
   }
-  return {if_wanted(wanted[0], passes ? grad_output : grad_input),
-          wanted[1] ? grad_output.to(residual_dtype) : Tensor(), if_wanted(wanted[2], grad_input_bias)};
+  return {wanted[0] && passes ? grad_output : grad_input, wanted[1] ? grad_output.to(residual_dtype) : Tensor(),
+          grad_input_bias};
 }
 
 TORCH_LIBRARY_IMPL(resnorm, Autograd, m) {

@@ -42,9 +42,8 @@ std::tuple<Tensor, Tensor> residual_add_backward(const Tensor& grad_output, cons
   residual_add_backward_meta(grad_output, input_bias, dropout_p, seed, input_dtype, output_mask);
   const auto accumulation = accumulation_dtype({grad_output.scalar_type(), input_dtype});
   const auto grad_input = dropout(grad_output.to(accumulation), dropout_p, seed);
-  return {requested_gradient(output_mask[0], grad_input, input_dtype, grad_output),
-          output_mask[1] ? grad_input.sum_to_size_symint(input_bias->sym_sizes()).to(input_bias->scalar_type())
-                         : unused_result(grad_output)};
+  return {output_mask[0] ? grad_input.to(input_dtype) : Tensor(),
+          parameter_gradient(output_mask[1], grad_input, input_bias)};
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {

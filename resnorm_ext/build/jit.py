@@ -105,11 +105,10 @@ def _compile(toolchain: Toolchain, library: Path) -> Path:
             return library
         with Progress(f"{toolchain.kernels}, with PyTorch {toolchain.torch}; kept in {cache}") as progress:
             objects.mkdir(exist_ok=True)
-            while True:
+            _run_worker(toolchain, objects, lock, progress)
+            while (now := _cached_library(toolchain)) != library:  # somebody has edited the sources meanwhile
+                library = now
                 _run_worker(toolchain, objects, lock, progress)
-                wanted, library = library, _cached_library(toolchain)
-                if wanted == library:
-                    break  # else somebody has edited the sources meanwhile
             _publish(objects / ninja.LIBRARY, toolchain, library)
         if not config.IS_CHECKOUT:  # nobody edits the sources of an installed package
             shutil.rmtree(objects, ignore_errors=True)

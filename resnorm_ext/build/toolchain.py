@@ -170,6 +170,8 @@ def max_jobs() -> int:
     """How many compilers run at once: what MAX_JOBS says, else as many as the cores this process may use and free
     memory (2 GiB each) allow."""
     if jobs := os.environ.get("MAX_JOBS"):
+        if not jobs.isdecimal() or int(jobs) == 0:
+            raise ValueError(f"MAX_JOBS must be a positive integer; got {jobs!r}")
         return int(jobs)
     return max(1, min(len(os.sched_getaffinity(0)), _available_memory() // 2**31))
 

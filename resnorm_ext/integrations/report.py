@@ -62,8 +62,8 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         lines = [f"replaced: {len(self.replaced)} modules"]
         lines += _grouped((item.original.__name__, item.obstacle, item.name) for item in self.replaced)
-        if self.replaced and all(item.original in (nn.LayerNorm, nn.RMSNorm) for item in self.replaced):
-            lines.append(f"  norms alone gain next to nothing; known encoders are {KNOWN}")
+        if self.replaced and all(item.original is nn.LayerNorm for item in self.replaced):
+            lines.append(f"  LayerNorm alone gains next to nothing; known encoders are {KNOWN}")
         lines += _section("calls:", self._call_lines())
         lines += _section("padding:", self._padding_lines())
         lines.append(f"left alone: {len(self.left_alone)} modules")

@@ -62,15 +62,29 @@ def test_a_build_for_one_instruction_set_has_no_other():
 )
 @pytest.mark.skipif(not config.is_x86_64(), reason="x86-64 instruction sets")
 def test_best_instruction_set_of_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, best: tuple[str, ...]):
+    monkeypatch.delenv("RESNORM_CPU_ISA", raising=False)
     monkeypatch.setattr(Path, "read_text", lambda _: f"model name\t: some\nflags\t\t: fpu {flags}\n")
     assert config.best_isas() == best
+
+
+@pytest.mark.parametrize(
+    ("asked", "isas"),
+    [("avx2", ("scalar", "avx2", "avx512")), ("scalar", ("scalar", "avx512")), ("avx512_bf16", ("scalar", "avx512"))],
+)
+@pytest.mark.skipif(not config.is_x86_64(), reason="x86-64 instruction sets")
+def test_the_instruction_set_that_is_asked_for_is_compiled_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, asked: str, isas: tuple[str, ...]
+):
+    monkeypatch.setenv("RESNORM_CPU_ISA", asked)
+    monkeypatch.setattr(config, "cpu_features", lambda: config.features_of("avx512"))
+    assert config.best_isas() == isas
 
 
 @pytest.mark.smoke
 @pytest.mark.skipif(not config.is_x86_64(), reason="x86-64 instruction sets")
 def test_the_best_instruction_set_is_the_one_that_runs():
-    supported = extension.supported_cpu_isas()
-    assert {"scalar", supported[-1]} == set(config.best_isas())
+    supported, asked = extension.supported_cpu_isas(), os.environ.get("RESNORM_CPU_ISA") or "scalar"
+    assert {"scalar", asked, supported[-1]} == set(config.best_isas())
 
 
 def test_other_processors_build_the_scalar_kernels_alone(monkeypatch: pytest.MonkeyPatch):
@@ -158,3 +172,7 @@ def test_jobs_follow_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch):
         assert toolchain.max_jobs() == jobs
     monkeypatch.setenv("MAX_JOBS", "3")
     assert toolchain.max_jobs() == 3
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(ValueError, match="MAX_JOBS must be a positive integer; got"):
+            toolchain.max_jobs()

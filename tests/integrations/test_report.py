@@ -145,7 +145,7 @@ def test_encoders_that_are_not_known_are_named(config, layer):
     assert layer in text and "not known; known are" in text and "DistilBERT" in text
     assert len(text.splitlines()) <= 25
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
-        assert "norms alone gain next to nothing" in text
+        assert "LayerNorm alone gains next to nothing" in text
 
 
 def test_known_encoders_are_not_named_so():

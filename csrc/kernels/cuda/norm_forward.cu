@@ -12,13 +12,7 @@ namespace resnorm::cuda {
 #define RESNORM_COMPILED_ELSEWHERE(...)                  \
   RESNORM_NORM_FORWARD_TYPES(extern, true, __VA_ARGS__); \
   RESNORM_NORM_FORWARD_TYPES(extern, false, __VA_ARGS__)
-RESNORM_COMPILED_ELSEWHERE(SameStream<float>);
-RESNORM_COMPILED_ELSEWHERE(SameStream<__nv_bfloat16>);
-RESNORM_COMPILED_ELSEWHERE(Float32Stream<__nv_bfloat16>);
-RESNORM_COMPILED_ELSEWHERE(WideningStream<__nv_bfloat16>);
-RESNORM_COMPILED_ELSEWHERE(SameStream<__half>);
-RESNORM_COMPILED_ELSEWHERE(Float32Stream<__half>);
-RESNORM_COMPILED_ELSEWHERE(WideningStream<__half>);
+RESNORM_FOR_STREAMS(RESNORM_COMPILED_ELSEWHERE);
 
 namespace {
 

@@ -25,6 +25,16 @@ using Float32Stream = Stream<Half, float, float>;
 template <class Half>
 using WideningStream = Stream<Half, Half, float>;
 
+// declare(a Stream) for each of these types.
+#define RESNORM_FOR_STREAMS(declare)      \
+  declare(SameStream<float>);             \
+  declare(SameStream<__nv_bfloat16>);     \
+  declare(Float32Stream<__nv_bfloat16>);  \
+  declare(WideningStream<__nv_bfloat16>); \
+  declare(SameStream<__half>);            \
+  declare(Float32Stream<__half>);         \
+  declare(WideningStream<__half>)
+
 // What `visit`, a template of the stream, returns for these types; an empty value for a combination without kernels.
 template <class Result, class Visit>
 Result with_stream(DType branch, DType residual, DType sum, const Visit& visit) {

@@ -101,10 +101,12 @@ void check_wanted(const char* name, bool wanted, const OptionalTensor& parameter
   check_shape(name, *parameter, shape);
 }
 
-Tensor unused_result(const Tensor& like) { return at::empty({0}, like.options()); }
+Tensor empty_gradient_like(const OptionalTensor& parameter, bool wanted) {
+  return wanted ? at::empty_symint(parameter->sym_sizes(), parameter->options()) : Tensor();
+}
 
-Tensor empty_gradient_like(const OptionalTensor& parameter, bool wanted, const Tensor& input) {
-  return wanted ? at::empty_symint(parameter->sym_sizes(), parameter->options()) : unused_result(input);
+Tensor empty_gradient_like(const Tensor& tensor, at::ScalarType dtype, bool wanted) {
+  return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options().dtype(dtype)) : Tensor();
 }
 
 }  // namespace resnorm

@@ -54,10 +54,8 @@ inline c10::SymIntArrayRef statistics_shape(const Tensor& input, c10::SymIntArra
   return input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
 }
 
-// What stands for "not computed" in an operator's fixed tuple of results.
-Tensor unused_result(const Tensor& like);
-
-// Where a parameter's gradient goes: like the parameter where wanted, else an unused result.
-Tensor empty_gradient_like(const OptionalTensor& parameter, bool wanted, const Tensor& input);
+// Where a gradient goes, undefined where it is not wanted: like a parameter, or like `tensor` but for the dtype.
+Tensor empty_gradient_like(const OptionalTensor& parameter, bool wanted);
+Tensor empty_gradient_like(const Tensor& tensor, at::ScalarType dtype, bool wanted);
 
 }  // namespace resnorm

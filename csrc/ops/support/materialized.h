@@ -10,9 +10,9 @@
 
 namespace resnorm::composite {
 
-// `gradient` in the dtype of what it belongs to, or what stands, like `like`, for one that is not wanted.
-inline Tensor requested_gradient(bool wanted, const Tensor& gradient, at::ScalarType dtype, const Tensor& like) {
-  return wanted ? gradient.to(dtype) : unused_result(like);
+// The gradient of a parameter that all rows share, of the gradients of the rows; undefined where it is not wanted.
+inline Tensor parameter_gradient(bool wanted, const Tensor& rows, const OptionalTensor& parameter) {
+  return wanted ? rows.sum_to_size_symint(parameter->sym_sizes()).to(parameter->scalar_type()) : Tensor();
 }
 
 template <auto meta, auto formula>
@@ -27,7 +27,9 @@ struct Materialized<meta, formula> {
   }
 
  private:
-  static void copy(const Tensor& to, const Tensor& from) { to.copy_(from); }
+  static void copy(const Tensor& to, const Tensor& from) {
+    if (to.defined()) to.copy_(from);
+  }
 
   template <typename... Tensors>
   static void copy(const std::tuple<Tensors...>& to, const std::tuple<Tensors...>& from) {

@@ -52,9 +52,6 @@ inline OptionalTensor saved_optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// An operator's fixed tuple holds an empty tensor where a gradient was not asked for; autograd wants an undefined one.
-inline Tensor if_wanted(bool wanted, const Tensor& gradient) { return wanted ? gradient : Tensor(); }
-
 // Operators that write into their arguments are not differentiable.
 template <typename... Tensors>
 void check_no_grad_for_out(const char* op, const Tensors&... tensors) {
