@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "bias_activation.h"
@@ -60,7 +60,7 @@ void bias_activation_out_autograd(const Tensor& input, const OptionalTensor& bia
 void bias_activation_out_inplace(const Tensor& input, const OptionalTensor& bias, c10::string_view activation,
                                  Tensor output) {
   // First, because it refuses tensors that may not be written.
-  torch::autograd::increment_version(output);
+  torch::autograd::impl::bump_version(output);
   at::AutoDispatchBelowADInplaceOrView guard;
   bias_activation_out(input, bias, activation, output);
 }

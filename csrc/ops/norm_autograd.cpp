@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "norm.h"
@@ -146,8 +146,8 @@ void norm_out_autograd(const NormCall& call, const Tensor& output, const Optiona
 
 void norm_out_inplace(const NormCall& call, const Tensor& output, const OptionalTensor& sum) {
   // First, because it refuses tensors that may not be written.
-  torch::autograd::increment_version(output);
-  if (sum.has_value()) torch::autograd::increment_version(*sum);
+  torch::autograd::impl::bump_version(output);
+  if (sum.has_value()) torch::autograd::impl::bump_version(*sum);
   at::AutoDispatchBelowADInplaceOrView guard;
   norm_out(call, output, sum);
 }

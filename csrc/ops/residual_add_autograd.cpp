@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "residual_add_autograd.h"
 
-#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "residual_add.h"
@@ -77,7 +77,7 @@ void residual_add_out_inplace(const Tensor& input, const Tensor& residual, const
                               double dropout_p, const OptionalTensor& seed,
                               std::optional<at::ScalarType> residual_dtype, Tensor output) {
   // First, because it refuses tensors that may not be written.
-  torch::autograd::increment_version(output);
+  torch::autograd::impl::bump_version(output);
   at::AutoDispatchBelowADInplaceOrView guard;
   residual_add_out(input, residual, input_bias, dropout_p, seed, residual_dtype, output);
 }

@@ -63,6 +63,9 @@ ISA_FLAGS = {
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
 }
 
+# In which nothing but bfloat16 differs from another one: its units hold that alone where both are built.
+BASE_ISA = {"avx512_bf16": "avx512"}
+
 # Kernels that are compiled once per instruction set, each family from one source; the slowest to compile first.
 FAMILIES = ("norm_backward", "norm_forward", "attention", "residual_add", "activation", "linear")
 
@@ -131,7 +134,10 @@ def kernel_units(isas: tuple[str, ...]) -> list[Unit]:
             units[source] = Unit(source, flags=with_isas if family == "dispatch" else ())
             continue
         for isa in isas:
-            units[source, isa] = Unit(source, isa, (*ISA_FLAGS[isa], f"-DRESNORM_ISA={isa}"))
+            flags = (*ISA_FLAGS[isa], f"-DRESNORM_ISA={isa}")
+            if (base := BASE_ISA.get(isa)) in isas:
+                flags += (f"-DRESNORM_BASE={base}",)
+            units[source, isa] = Unit(source, isa, flags)
     return list(units.values())
 
 

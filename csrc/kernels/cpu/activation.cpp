@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "bias_activation.h"
-#include "kernels.h"
+#include "loops.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 
-extern const ActivationKernels activation_kernels;
 const ActivationKernels activation_kernels = {
     .bias_activation_forward = bias_activation_forward,
     .bias_activation_backward = bias_activation_backward,

@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "column_sums.h"
+#include "loops.h"
 #include "parallel.h"
 #include "row_buffer.h"
 
@@ -84,11 +85,13 @@ void bias_activation_backward_as(const BiasActivationBackward& a, ParallelFor pa
 inline void bias_activation_forward(const BiasActivationForward& a, ParallelFor parallel_for) {
   visit(a.activation, [&](auto tag) {
     using Activate = typename decltype(tag)::Type;
-    auto* range = bias_activation_rows<Activate, float>;
-    if constexpr (kHasHalfLoops) {
-      if (all_are<BFloat16>(a.input, a.output)) range = bias_activation_rows<Activate, BFloat16>;
-      if (all_are<Float16>(a.input, a.output)) range = bias_activation_rows<Activate, Float16>;
-    }
+    void (*range)(const BiasActivationForward&, std::int64_t begin, std::int64_t end) = nullptr;
+    if constexpr (kHasLoops<float>) range = bias_activation_rows<Activate, float>;
+    for_each_half([&](auto half) {
+      using Half = typename decltype(half)::Type;
+      if (all_are<Half>(a.input, a.output)) range = bias_activation_rows<Activate, Half>;
+    });
+    if (range == nullptr) return base::activation_kernels.bias_activation_forward(a, parallel_for);
     parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
   });
 }
@@ -96,12 +99,12 @@ inline void bias_activation_forward(const BiasActivationForward& a, ParallelFor 
 inline void bias_activation_backward(const BiasActivationBackward& a, ParallelFor parallel_for) {
   visit(a.activation, [&](auto tag) {
     using Activate = typename decltype(tag)::Type;
-    auto* run = bias_activation_backward_as<Activate, float>;
-    if constexpr (kHasHalfLoops) {
-      if (all_are<BFloat16>(a.grad_output, a.input, a.grad_input))
-        run = bias_activation_backward_as<Activate, BFloat16>;
-      if (all_are<Float16>(a.grad_output, a.input, a.grad_input)) run = bias_activation_backward_as<Activate, Float16>;
-    }
+    void (*run)(const BiasActivationBackward&, ParallelFor) = base::activation_kernels.bias_activation_backward;
+    if constexpr (kHasLoops<float>) run = bias_activation_backward_as<Activate, float>;
+    for_each_half([&](auto half) {
+      using Half = typename decltype(half)::Type;
+      if (all_are<Half>(a.grad_output, a.input, a.grad_input)) run = bias_activation_backward_as<Activate, Half>;
+    });
     run(a, parallel_for);
   });
 }

@@ -6,16 +6,7 @@
 
 namespace resnorm::cpu {
 
-// The families' tables of an instruction set, where this build has them: resnorm_ext/build/config.py says which it has.
-#define RESNORM_DECLARE_KERNELS(isa)                      \
-  namespace isa {                                         \
-  extern const NormForwardKernels norm_forward_kernels;   \
-  extern const NormBackwardKernels norm_backward_kernels; \
-  extern const ResidualAddKernels residual_add_kernels;   \
-  extern const ActivationKernels activation_kernels;      \
-  extern const AttentionKernels attention_kernels;        \
-  extern const LinearKernels linear_kernels;              \
-  }
+// Those that this build has: resnorm_ext/build/config.py says which these are.
 RESNORM_DECLARE_KERNELS(scalar)
 RESNORM_DECLARE_KERNELS(avx2)
 RESNORM_DECLARE_KERNELS(avx512)

@@ -54,6 +54,17 @@ struct KernelTable : NormForwardKernels,
   const char* isa;
 };
 
+// The families' tables of an instruction set.
+#define RESNORM_DECLARE_KERNELS(isa)                      \
+  namespace isa {                                         \
+  extern const NormForwardKernels norm_forward_kernels;   \
+  extern const NormBackwardKernels norm_backward_kernels; \
+  extern const ResidualAddKernels residual_add_kernels;   \
+  extern const ActivationKernels activation_kernels;      \
+  extern const AttentionKernels attention_kernels;        \
+  extern const LinearKernels linear_kernels;              \
+  }
+
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks
 // whose number depends on the sizes only, never on the threads, so that results repeat bitwise.
 std::size_t backward_workspace_bytes(std::int64_t rows, std::int64_t cols, int column_sums, DType dtype);

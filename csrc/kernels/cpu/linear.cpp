@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "kernels.h"
+#include "loops.h"
 #include "packed_linear.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 
-extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
     .packed_weight_bytes = packed_weight_bytes,
     .pack_weight = pack_weight,

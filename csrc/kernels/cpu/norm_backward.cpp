@@ -5,7 +5,6 @@
 
 namespace resnorm::cpu::RESNORM_ISA {
 
-extern const NormBackwardKernels norm_backward_kernels;
 const NormBackwardKernels norm_backward_kernels = {.norm_backward = norm_backward};
 
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -14,14 +14,12 @@
 
 #include "column_sums.h"
 #include "dropout.h"
+#include "loops.h"
 #include "parallel.h"
 #include "row_buffer.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
-
-// The column sums in their order: grad_weight, grad_bias where centered, grad_input_bias where there is a branch.
-constexpr int norm_column_sums(bool centered, bool has_branch) { return 1 + centered + has_branch; }
 
 // G is the type of grad_output and grad_input, S that of sum, grad_sum and grad_residual.
 template <class G, class S, int kRows>
@@ -180,20 +178,26 @@ class NormBackwardRows {
   const Acc *mean_, *rstd_;
 };
 
-// All blocks of rows, for one pair of types. kHasBranch: a gradient behind the dropout is wanted, grad_input or
-// grad_input_bias, beside that of the sum, grad_residual.
-template <bool kCentered, class G, class S, bool kHasGradSum, bool kHasBranch>
-void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
+// All blocks of rows, for one pair of types.
+template <bool kCentered, class G, class S>
+void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
   using Acc = Accumulation<G, S>;
-  constexpr int kSums = norm_column_sums(kCentered, kHasBranch);
+  // Whether a gradient behind the dropout is wanted, grad_input or grad_input_bias, beside that of the sum,
+  // grad_residual. Where nothing lies between the sum and the input, they have one gradient.
+  const bool has_branch = a.grad_input_bias.data != nullptr ||
+                          (a.grad_input.data != nullptr && (a.grad_residual.data != nullptr || a.dropout.threshold > 0 ||
+                                                            a.grad_input.dtype != a.sum.dtype));
+  if (!has_branch && a.grad_input.data != nullptr) a.grad_residual = a.grad_input, a.grad_input = {};
+  const bool has_grad_sum = a.grad_sum.data != nullptr;
+  constexpr int kSums = kCentered ? 3 : 2;
   const Vector gradients[] = {a.grad_weight, kCentered ? a.grad_bias : a.grad_input_bias, a.grad_input_bias};
   const ColumnSums<Acc, kSums> column_sums(gradients, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
-    const NormBackwardRows<G, S> operands(a, kHasBranch ? a.dropout : Dropout{}, buffers);
-    constexpr int kMatrices = 3 + kHasGradSum + kHasBranch;
-    const bool stream = operands.grad_residual.may_stream(a.rows, kMatrices) &&
-                        (!kHasBranch || operands.grad_input.may_stream(a.rows, kMatrices));
+    const NormBackwardRows<G, S> operands(a, has_branch ? a.dropout : Dropout{}, buffers);
+    const int matrices = 3 + has_grad_sum + has_branch;
+    const bool stream = operands.grad_residual.may_stream(a.rows, matrices) &&
+                        (!has_branch || operands.grad_input.may_stream(a.rows, matrices));
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
     Acc* scratch[kSums];
     for (Acc*& sum : scratch) sum = buffers.take<Acc>(a.cols);
@@ -202,10 +206,20 @@ void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
         const auto group = operands.template group<count>(first);
         NormBackwardTerms<Acc> terms[count];
         norm_backward_sums<kCentered>(group, a.cols, weight, terms);
-        with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+        const auto apply = [&](auto kHasGradSum, auto kHasBranch, auto kStream) RESNORM_INLINE_LAMBDA {
           norm_backward_apply<kCentered, kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms,
                                                                            operands.dropout, sums);
-        });
+        };
+        if constexpr (count == 1) {
+          // Single rows are few: one loop does everything, of which what is absent is read as zeros or goes nowhere.
+          apply(Index<1>{}, Index<1>{}, Index<0>{});
+        } else {
+          with_flag(has_grad_sum, [&](auto kHasGradSum) RESNORM_INLINE_LAMBDA {
+            with_flag(has_branch, [&](auto kHasBranch) RESNORM_INLINE_LAMBDA {
+              with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA { apply(kHasGradSum, kHasBranch, kStream); });
+            });
+          });
+        }
         for (int k = 0; k < count; ++k) {
           operands.grad_residual.commit(first + k, k);
           operands.grad_input.commit(first + k, k);
@@ -218,39 +232,22 @@ void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
   column_sums.finish(parallel_for);
 }
 
-template <bool kCentered, class G, class S>
-void norm_backward_with(NormBackward a, ParallelFor parallel_for) {
-  const bool branch = a.grad_input_bias.data != nullptr ||
-                      (a.grad_input.data != nullptr && (a.grad_residual.data != nullptr || a.dropout.threshold > 0 ||
-                                                        a.grad_input.dtype != a.sum.dtype));
-  // Where nothing lies between the sum and the input, they have one gradient.
-  if (!branch && a.grad_input.data != nullptr) a.grad_residual = a.grad_input, a.grad_input = {};
-  if (a.grad_sum.data != nullptr) {
-    branch ? norm_backward_as<kCentered, G, S, true, true>(a, parallel_for)
-           : norm_backward_as<kCentered, G, S, true, false>(a, parallel_for);
-  } else {
-    branch ? norm_backward_as<kCentered, G, S, false, true>(a, parallel_for)
-           : norm_backward_as<kCentered, G, S, false, false>(a, parallel_for);
-  }
-}
-
 template <class G, class S>
-void norm_backward_of(const NormBackward& a, ParallelFor parallel_for) {
-  a.centered ? norm_backward_with<true, G, S>(a, parallel_for) : norm_backward_with<false, G, S>(a, parallel_for);
+void norm_backward_as(const NormBackward& a, ParallelFor parallel_for) {
+  a.centered ? norm_backward_of<true, G, S>(a, parallel_for) : norm_backward_of<false, G, S>(a, parallel_for);
 }
 
 inline void norm_backward(const NormBackward& a, ParallelFor parallel_for) {
-  auto* run = any_float64(a.grad_output, a.sum) ? norm_backward_of<double, double> : norm_backward_of<float, float>;
-  if constexpr (kHasHalfLoops) {
-    const auto add_half = [&](auto tag) {
-      using Half = typename decltype(tag)::Type;
-      if (!all_are<Half>(a.grad_output, a.grad_input)) return;
-      if (all_are<float>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_of<Half, float>;
-      if (all_are<Half>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_of<Half, Half>;
-    };
-    add_half(Tag<BFloat16>{});
-    add_half(Tag<Float16>{});
+  void (*run)(const NormBackward&, ParallelFor) = base::norm_backward_kernels.norm_backward;
+  if constexpr (kHasLoops<float>) {
+    run = any_float64(a.grad_output, a.sum) ? norm_backward_as<double, double> : norm_backward_as<float, float>;
   }
+  for_each_half([&](auto tag) {
+    using Half = typename decltype(tag)::Type;
+    if (!all_are<Half>(a.grad_output, a.grad_input)) return;
+    if (all_are<float>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_as<Half, float>;
+    if (all_are<Half>(a.sum, a.grad_sum, a.grad_residual)) run = norm_backward_as<Half, Half>;
+  });
   run(a, parallel_for);
 }
 

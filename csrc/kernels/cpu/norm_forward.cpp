@@ -5,7 +5,6 @@
 
 namespace resnorm::cpu::RESNORM_ISA {
 
-extern const NormForwardKernels norm_forward_kernels;
 const NormForwardKernels norm_forward_kernels = {.norm_forward = norm_forward};
 
 }  // namespace resnorm::cpu::RESNORM_ISA

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "loops.h"
 #include "parallel.h"
 #include "residual_sum.h"
 #include "row_buffer.h"
@@ -33,9 +34,11 @@ void norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
     });
     const auto value = [&](auto k, std::int64_t i, auto lanes)
                            RESNORM_INLINE_LAMBDA { return Vec<Acc>::load(inputs[k] + i, lanes); };
+    MomentSums<kCentered, Acc> moments[kRows];
+    add_moments(a.cols, value, moments);
     RowStatistics<Acc> statistics[kRows];
-    row_statistics<kCentered>(a.cols, a.eps, value, inputs, statistics);
-    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+    row_statistics(a.cols, a.eps, moments, inputs, statistics);
+    with_stream<kRows>(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       normalize_rows<kCentered, kStream>(
           inputs, a.cols, statistics, weight, bias, outputs, [](auto...) RESNORM_INLINE_LAMBDA {},
           [&](auto k, std::int64_t i) RESNORM_INLINE_LAMBDA { prefetch(next[k] + i); });
@@ -80,16 +83,18 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
       }
     });
     const auto next = sums.template next<kRows>(first);
-    RowStatistics<Acc> statistics[kRows];
+    MomentSums<kCentered, Acc> moments[kRows];
     sums.template with_rows<kRows>(first, [&](const auto& sum) RESNORM_INLINE_LAMBDA {
       const auto value = [&](auto k, std::int64_t i, auto lanes) RESNORM_INLINE_LAMBDA {
         const Vec<Acc> x = sum(k, i, lanes);
         x.store(unrounded[k] + i, lanes);
         return x;
       };
-      row_statistics<kCentered>(a.cols, a.eps, value, unrounded, statistics);
+      add_moments(a.cols, value, moments);
     });
-    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+    RowStatistics<Acc> statistics[kRows];
+    row_statistics(a.cols, a.eps, moments, unrounded, statistics);
+    with_stream<kRows>(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
       with_flag(writes_sum, [&](auto kWritesSum) RESNORM_INLINE_LAMBDA {
         normalize_rows<kCentered, kStream>(
             unrounded, a.cols, statistics, weight, bias, outputs,
@@ -113,43 +118,45 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
 
 using NormRange = void (*)(const NormForward& a, std::int64_t begin, std::int64_t end);
 
-// The loop for the types of a norm's input and output.
+// The loop for the types of a norm's input and output, or null where the base has it.
 template <bool kCentered>
 NormRange norm_range(const NormForward& a) {
-  if constexpr (kHasHalfLoops) {
-    if (all_are<BFloat16>(a.input, a.output)) return norm_rows<kCentered, BFloat16>;
-    if (all_are<Float16>(a.input, a.output)) return norm_rows<kCentered, Float16>;
+  NormRange range = nullptr;
+  if constexpr (kHasLoops<float>) {
+    range = any_float64(a.input, a.output) ? norm_rows<kCentered, double> : norm_rows<kCentered, float>;
   }
-  return any_float64(a.input, a.output) ? norm_rows<kCentered, double> : norm_rows<kCentered, float>;
+  for_each_half([&](auto tag) {
+    using Half = typename decltype(tag)::Type;
+    if (all_are<Half>(a.input, a.output)) range = norm_rows<kCentered, Half>;
+  });
+  return range;
 }
 
 // The same beside a residual.
 template <bool kCentered>
 NormRange add_norm_range(const NormForward& a) {
-  if constexpr (kHasHalfLoops) {
-    const auto half_range = [&](auto tag) -> NormRange {
-      using Half = typename decltype(tag)::Type;
-      if (!all_are<Half>(a.input, a.output)) return nullptr;
-      if (all_are<float>(a.residual, a.sum)) return add_norm_rows<kCentered, Half, float, float, Half>;
-      if (all_are<Half>(a.residual, a.sum)) return add_norm_rows<kCentered, Half, Half, Half, Half>;
-      if (all_are<Half>(a.residual) && all_are<float>(a.sum)) {
-        return add_norm_rows<kCentered, Half, Half, float, Half>;
-      }
-      return nullptr;
-    };
-    if (const auto range = half_range(Tag<BFloat16>{})) return range;
-    if (const auto range = half_range(Tag<Float16>{})) return range;
+  NormRange range = nullptr;
+  if constexpr (kHasLoops<float>) {
+    // A sum that is not stored has its dtype all the same.
+    const bool float64 = a.sum.dtype == DType::kFloat64 || a.output.dtype == DType::kFloat64;
+    range = float64 ? add_norm_rows<kCentered, double, double, double, double>
+                    : add_norm_rows<kCentered, float, float, float, float>;
   }
-  // A sum that is not stored has its dtype all the same.
-  const bool float64 = a.sum.dtype == DType::kFloat64 || a.output.dtype == DType::kFloat64;
-  return float64 ? add_norm_rows<kCentered, double, double, double, double>
-                 : add_norm_rows<kCentered, float, float, float, float>;
+  for_each_half([&](auto tag) {
+    using Half = typename decltype(tag)::Type;
+    if (!all_are<Half>(a.input, a.output)) return;
+    // Beside a sum in float32 a residual in a half type, as a model's first may be, is converted.
+    if (all_are<float>(a.sum)) range = add_norm_rows<kCentered, Half, float, float, Half>;
+    if (all_are<Half>(a.residual, a.sum)) range = add_norm_rows<kCentered, Half, Half, Half, Half>;
+  });
+  return range;
 }
 
 inline void norm_forward(const NormForward& a, ParallelFor parallel_for) {
   const bool adds = a.residual.data != nullptr;
   const auto range = a.centered ? (adds ? add_norm_range<true>(a) : norm_range<true>(a))
                                 : (adds ? add_norm_range<false>(a) : norm_range<false>(a));
+  if (range == nullptr) return base::norm_forward_kernels.norm_forward(a, parallel_for);
   parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }
 

@@ -5,7 +5,6 @@
 
 namespace resnorm::cpu::RESNORM_ISA {
 
-extern const ResidualAddKernels residual_add_kernels;
 const ResidualAddKernels residual_add_kernels = {
     .residual_add_forward = residual_add_forward,
     .residual_add_backward = residual_add_backward,

@@ -6,6 +6,7 @@
 
 #include "column_sums.h"
 #include "dropout.h"
+#include "loops.h"
 #include "parallel.h"
 #include "residual_sum.h"
 #include "row_buffer.h"
@@ -35,18 +36,18 @@ void residual_add_rows(const ResidualAddForward& a, std::int64_t begin, std::int
 }
 
 inline void residual_add_forward(const ResidualAddForward& a, ParallelFor parallel_for) {
-  auto* range =
-      any_float64(a.input, a.residual, a.output) ? residual_add_rows<double, double> : residual_add_rows<float, float>;
-  if constexpr (kHasHalfLoops) {
-    const auto add_half = [&](auto tag) {
-      using Half = typename decltype(tag)::Type;
-      if (!all_are<Half>(a.input)) return;
-      if (all_are<float>(a.residual, a.output)) range = residual_add_rows<Half, float>;
-      if (all_are<Half>(a.residual, a.output)) range = residual_add_rows<Half, Half>;
-    };
-    add_half(Tag<BFloat16>{});
-    add_half(Tag<Float16>{});
+  void (*range)(const ResidualAddForward&, std::int64_t begin, std::int64_t end) = nullptr;
+  if constexpr (kHasLoops<float>) {
+    range = any_float64(a.input, a.residual, a.output) ? residual_add_rows<double, double>
+                                                       : residual_add_rows<float, float>;
   }
+  for_each_half([&](auto tag) {
+    using Half = typename decltype(tag)::Type;
+    if (!all_are<Half>(a.input)) return;
+    if (all_are<float>(a.residual, a.output)) range = residual_add_rows<Half, float>;
+    if (all_are<Half>(a.residual, a.output)) range = residual_add_rows<Half, Half>;
+  });
+  if (range == nullptr) return base::residual_add_kernels.residual_add_forward(a, parallel_for);
   parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }
 
@@ -94,18 +95,17 @@ void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel
 }
 
 inline void residual_add_backward(const ResidualAddBackward& a, ParallelFor parallel_for) {
-  auto* run = any_float64(a.grad_output, a.grad_input) ? residual_add_backward_as<double, double>
-                                                       : residual_add_backward_as<float, float>;
-  if constexpr (kHasHalfLoops) {
-    const auto add_half = [&](auto tag) {
-      using Half = typename decltype(tag)::Type;
-      if (!all_are<Half>(a.grad_input)) return;
-      if (all_are<float>(a.grad_output)) run = residual_add_backward_as<float, Half>;
-      if (all_are<Half>(a.grad_output)) run = residual_add_backward_as<Half, Half>;
-    };
-    add_half(Tag<BFloat16>{});
-    add_half(Tag<Float16>{});
+  void (*run)(const ResidualAddBackward&, ParallelFor) = base::residual_add_kernels.residual_add_backward;
+  if constexpr (kHasLoops<float>) {
+    run = any_float64(a.grad_output, a.grad_input) ? residual_add_backward_as<double, double>
+                                                   : residual_add_backward_as<float, float>;
   }
+  for_each_half([&](auto tag) {
+    using Half = typename decltype(tag)::Type;
+    if (!all_are<Half>(a.grad_input)) return;
+    if (all_are<float>(a.grad_output)) run = residual_add_backward_as<float, Half>;
+    if (all_are<Half>(a.grad_output)) run = residual_add_backward_as<Half, Half>;
+  });
   run(a, parallel_for);
 }
 

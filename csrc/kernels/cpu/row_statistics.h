@@ -95,31 +95,30 @@ RESNORM_INLINE RowStatistics<Acc> statistics_from(Moments<Acc> moments, const T*
   return {mean, static_cast<Acc>((moments.base - mean) + offset()), reciprocal_deviation<Acc>(variance(), eps)};
 }
 
-// value(k, i, lanes) is a vector of row k, asked for once each and in order; from then on it can be read at rows[k] +
-// i.
-template <bool kCentered, class Acc, int kRows, class Pointer, class Value>
-RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const Value& value, const Pointer (&rows)[kRows],
-                                   RowStatistics<Acc> (&statistics)[kRows]) {
+// Sums over a group of rows. value(k, i, lanes) is a vector of row k, asked for once each and in order.
+template <bool kCentered, class Acc, int kRows, class Value>
+RESNORM_INLINE void add_moments(std::int64_t cols, const Value& value, MomentSums<kCentered, Acc> (&sums)[kRows]) {
   using V = Vec<Acc>;
-  using Sums = MomentSums<kCentered, Acc>;
-  Sums sums[kRows];
-  const auto start = [&](auto lanes) RESNORM_INLINE_LAMBDA {
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
-      const V x = value(k, 0, lanes);
-      if constexpr (kCentered) {
-        sums[k].set_base(kSame<decltype(lanes), AllLanes> ? x.sum() * (Acc(1) / V::kSize) : x.first());
-      }
-      sums[k].add(0, x, lanes);
-    });
-  };
-  cols < V::kSize ? start(FirstLanes{static_cast<int>(cols)}) : start(AllLanes{});
-  for_each_piece<Acc, Sums::kSlots>(cols - V::kSize, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
-    for_each_vector<Acc, Sums::kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
+  constexpr int kSlots = MomentSums<kCentered, Acc>::kSlots;
+  const FirstLanes first{static_cast<int>(cols < V::kSize ? cols : V::kSize)};
+  unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
+    const V x = value(k, 0, first);
+    if constexpr (kCentered) sums[k].set_base(cols < V::kSize ? x.first() : x.sum() * (Acc(1) / V::kSize));
+    sums[k].add(0, x, first);
+  });
+  for_each_piece<Acc, kSlots>(cols - V::kSize, [&](std::int64_t begin, std::int64_t size) RESNORM_INLINE_LAMBDA {
+    for_each_vector<Acc, kSlots>(size, [&](std::int64_t i, auto slot, auto lanes) RESNORM_INLINE_LAMBDA {
       unrolled<kRows>([&](auto k)
                           RESNORM_INLINE_LAMBDA { sums[k].add(slot, value(k, V::kSize + begin + i, lanes), lanes); });
     });
     unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { sums[k].end_piece(); });
   });
+}
+
+// Of a group of rows from their sums; the rows' values can be read at `rows`.
+template <bool kCentered, class Acc, int kRows, class Pointer>
+RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const MomentSums<kCentered, Acc> (&sums)[kRows],
+                                   const Pointer (&rows)[kRows], RowStatistics<Acc> (&statistics)[kRows]) {
   unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA {
     if constexpr (kCentered) {
       statistics[k] = statistics_from(sums[k].moments(), rows[k], cols, eps);
