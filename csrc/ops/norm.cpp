@@ -125,7 +125,7 @@ void norm_out(const NormCall& c, Tensor output, OptionalTensor sum) {
 
 Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps) {
-  return norm_forward(norm_call(input, normalized_shape, weight, bias, eps)).output;
+  return call_norm_operator<LayerNormOperator>(input, normalized_shape, weight, bias, eps);
 }
 
 void layer_norm_out(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -135,7 +135,7 @@ void layer_norm_out(const Tensor& input, c10::SymIntArrayRef normalized_shape, c
 
 Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps) {
-  return norm_forward(norm_call(input, normalized_shape, weight, eps)).output;
+  return call_norm_operator<RmsNormOperator>(input, normalized_shape, weight, eps);
 }
 
 void rms_norm_out(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -148,6 +148,10 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& res
                                           const OptionalTensor& bias, double eps, const OptionalTensor& input_bias,
                                           double dropout_p, const OptionalTensor& seed, bool prenorm,
                                           std::optional<at::ScalarType> residual_dtype) {
+  if (prenorm) {
+    return call_norm_operator<AddLayerNormOperator>(input, residual, normalized_shape, weight, bias, eps, input_bias,
+                                                    dropout_p, seed, prenorm, residual_dtype);
+  }
   auto results = norm_forward(norm_call(input, residual, normalized_shape, weight, bias, eps, input_bias, dropout_p,
                                         seed, prenorm, residual_dtype));
   return {std::move(results.output), std::move(results.sum)};
@@ -167,6 +171,10 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& resid
                                         std::optional<double> eps, const OptionalTensor& input_bias, double dropout_p,
                                         const OptionalTensor& seed, bool prenorm,
                                         std::optional<at::ScalarType> residual_dtype) {
+  if (prenorm) {
+    return call_norm_operator<AddRmsNormOperator>(input, residual, normalized_shape, weight, eps, input_bias, dropout_p,
+                                                  seed, prenorm, residual_dtype);
+  }
   auto results = norm_forward(
       norm_call(input, residual, normalized_shape, weight, eps, input_bias, dropout_p, seed, prenorm, residual_dtype));
   return {std::move(results.output), std::move(results.sum)};

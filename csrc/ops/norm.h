@@ -64,7 +64,8 @@ NormGradients norm_backward(const NormBackwardCall& call);
 // `output` may be the input or the residual, and `sum`, where given, the other of the two.
 void norm_out(const NormCall& call, Tensor output, OptionalTensor sum);
 
-// The public operators as Python calls them in eager code: by the triple.
+// The public operators as Python calls them in eager code. Where a sum is not wanted the triple is called instead: a
+// public operator returns an empty one.
 
 Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps);
