@@ -35,7 +35,7 @@ ACCELERATED, STACK, PRODUCTS = "accelerated", "encoder stack, packed in and out"
 
 # What a profiled operator's own time counts as.
 PARTS = {
-    "linear layers": ("resnorm::linear", "resnorm::packed_linear", "mkldnn::", "aten::addmm", "aten::linear"),
+    "linear layers": ("resnorm::linear", "resnorm::prepacked_linear", "mkldnn::", "aten::addmm", "aten::linear"),
     "attention": ("resnorm::packed_attention", "aten::_scaled_dot_product"),
     "add + LayerNorm": ("resnorm::add_layer_norm", "resnorm::layer_norm"),
 }

@@ -17,7 +17,7 @@
 #include "ops/cpu/cpu_kernels.h"
 #include "ops/cpu/linear_backend.h"
 #include "ops/cpu/onednn_linear.h"
-#include "ops/cpu/packed_linear.h"
+#include "ops/cpu/prepacked_linear.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
@@ -54,7 +54,7 @@ py::dict kernel_plan_for_python(const std::string& pass, int64_t cols, at::Scala
                                 int architecture) {
   const auto plan = kernel_plan(pass, cols, dtype, residual_dtype, dropout, aligned, architecture);
   py::dict result;
-  result["any"] = plan.any;
+  result["generic"] = plan.generic;
   result["shifted"] = plan.shifted;
   result["row_threads"] = plan.row_threads;
   result["vectors_per_thread"] = plan.items;
@@ -98,9 +98,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
   m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
   m.def("onednn_supports", torch::wrap_pybind_function(resnorm::onednn::supports));
-  m.def("onednn_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::pack_weight));
-  m.def("packed_linear_supports", torch::wrap_pybind_function(resnorm::packed_linear::supports));
-  m.def("packed_linear_pack_weight", torch::wrap_pybind_function_no_gil(resnorm::packed_linear::pack_weight));
+  m.def("onednn_prepack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::prepack_weight));
+  m.def("prepacked_linear_supports", torch::wrap_pybind_function(resnorm::prepacked_linear::supports));
+  m.def("prepack_weight", torch::wrap_pybind_function_no_gil(resnorm::prepacked_linear::prepack_weight));
   m.def("linear_backend", torch::wrap_pybind_function(resnorm::linear_backend_name));
   m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
   m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));

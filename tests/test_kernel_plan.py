@@ -26,7 +26,7 @@ def plan(kernel: str, columns: int, dtype: torch.dtype, **options) -> dict:
         (16384, {"row_threads": 1024, "cluster": 1}),
         (32768, {"row_threads": 1024, "cluster": 2}),
         (131072, {"row_threads": 1024, "cluster": 8}),
-        (131080, {"any": True}),
+        (131080, {"generic": True}),
     ],
 )
 def test_forward_of_bfloat16_rows(columns: int, expected: dict):
@@ -42,16 +42,16 @@ def test_a_plan_covers_the_row(kernel: str, dtype: torch.dtype, columns: int, re
     actual = plan(kernel, columns, dtype, residual_dtype=residual_dtype)
     vector = 16 // dtype.itemsize
     held = actual["row_threads"] * actual["vectors_per_thread"] * actual["cluster"] * actual["tiles"] * vector
-    assert not actual["any"] and held >= columns
+    assert not actual["generic"] and held >= columns
     assert actual["shifted"] == (columns % vector != 0)
     assert actual["threads"] % actual["row_threads"] == 0
 
 
 def test_clusters_are_for_architectures_that_have_them():
     assert plan("norm_forward", 32768, torch.bfloat16, architecture=90)["cluster"] == 2
-    assert plan("norm_forward", 32768, torch.bfloat16, architecture=80)["any"]
+    assert plan("norm_forward", 32768, torch.bfloat16, architecture=80)["generic"]
     assert plan("norm_backward", 16384, torch.bfloat16, architecture=90)["cluster"] == 2
-    assert plan("norm_backward", 16384, torch.bfloat16, architecture=80)["any"]
+    assert plan("norm_backward", 16384, torch.bfloat16, architecture=80)["generic"]
 
 
 def test_unaligned_rows_take_shifted_vectors():
@@ -60,8 +60,8 @@ def test_unaligned_rows_take_shifted_vectors():
 
 
 def test_rare_types_go_element_by_element():
-    assert plan("norm_forward", 768, torch.float64)["any"]
-    assert plan("residual_add", 768, torch.float32, residual_dtype=torch.bfloat16)["any"]
+    assert plan("norm_forward", 768, torch.float64)["generic"]
+    assert plan("residual_add", 768, torch.float32, residual_dtype=torch.bfloat16)["generic"]
 
 
 def test_what_cannot_be_asked():

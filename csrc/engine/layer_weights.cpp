@@ -2,7 +2,7 @@
 #include "layer_weights.h"
 
 #include "../ops/cpu/onednn_linear.h"
-#include "../ops/cpu/packed_linear.h"
+#include "../ops/cpu/prepacked_linear.h"
 
 namespace resnorm::engine {
 
@@ -13,7 +13,7 @@ Tensor PreparedLinear::operator()(const Tensor& input, c10::string_view activati
     case LinearBackend::kOneDnn:
       return onednn::linear(input, weight, bias, parse_activation(activation), std::nullopt);
     case LinearBackend::kResnorm:
-      return packed_linear::linear(input, weight, out_features, bias, parse_activation(activation));
+      return prepacked_linear::linear(input, weight, out_features, bias, parse_activation(activation));
   }
   TORCH_INTERNAL_ASSERT(false, "unknown backend");
 }
@@ -22,7 +22,7 @@ Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, c10::
   TORCH_CHECK(memory.size(1) == out_features, "Expected a linear layer of ", memory.size(1),
               " output features, but got one of ", out_features);
   if (backend != LinearBackend::kResnorm) return (*this)(input, activation);
-  packed_linear::linear_out(input, weight, bias, parse_activation(activation), memory);
+  prepacked_linear::linear_out(input, weight, bias, parse_activation(activation), memory);
   return memory;
 }
 

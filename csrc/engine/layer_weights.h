@@ -16,7 +16,7 @@ namespace resnorm::engine {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A linear layer without grad. The weight may be packed, and then only its backend can read it.
+// A linear layer without grad. The weight may be prepacked, and then only its backend can read it.
 struct PreparedLinear {
   Tensor weight;
   OptionalTensor bias;

@@ -139,18 +139,19 @@ struct BiasActivationBackward {
   void* workspace = nullptr;
 };
 
-// A weight, (out_features, in_features), in panels for packed_linear: `packed` is as large as packed_weight_bytes says.
-struct PackWeight {
+// A weight, (out_features, in_features), in panels for prepacked_linear: `prepacked` is as large as
+// prepacked_weight_bytes says.
+struct PrepackWeight {
   std::int64_t out_features, in_features;
   ConstRows weight;
-  void* packed;
+  void* prepacked;
 };
 
 // output = activation(input * weight^T + bias). Rows are `cols` = in_features long, those of the output out_features.
-struct PackedLinear {
+struct PrepackedLinear {
   std::int64_t rows, cols, out_features;
   ConstRows input;
-  const void* packed;
+  const void* prepacked;
   ConstVector bias;
   Activation activation;
   Rows output;

@@ -2,8 +2,8 @@
 """Linear layers in inference by ATen, oneDNN or this package's kernel, whichever is the fastest, and weights in the
 layout that it reads fastest.
 
-oneDNN and this package's kernel multiply packed weights. A packed weight is a second copy of it, so a model's linear
-layers take twice the memory.
+oneDNN and this package's kernel multiply prepacked weights. A prepacked weight is a second copy of it, so a model's
+linear layers take twice the memory.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def prepare_linear(
 
 def _pack(weight: Tensor, backend: str) -> Tensor:
     if backend == "resnorm":
-        return extension.packed_linear_pack_weight(weight)
-    return extension.onednn_pack_weight(weight) if backend == "onednn" else weight
+        return extension.prepack_weight(weight)
+    return extension.onednn_prepack_weight(weight) if backend == "onednn" else weight
 
 
 def available_backends(dtype: torch.dtype) -> list[str]:
     """Those that multiply in ``dtype`` on this machine."""
-    supported = {"onednn": extension.onednn_supports, "resnorm": extension.packed_linear_supports}
+    supported = {"onednn": extension.onednn_supports, "resnorm": extension.prepacked_linear_supports}
     return ["aten", *(name for name, supports in supported.items() if supports(dtype))]
 
 

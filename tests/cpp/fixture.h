@@ -82,9 +82,11 @@ inline const std::vector<Shape> kShapes = {{0, 5},  {3, 1},   {1, 2},   {5, 7}, 
 inline const std::vector<Layout> kLayouts = {{0, 0}, {3, 1}};
 
 // So many rows that their result is written past the caches, where whole lines are: `kWholeLines` with a tail.
-inline constexpr std::int64_t kStreamedCols = 1000;
+inline constexpr std::int64_t kNonTemporalCols = 1000;
 inline constexpr Layout kWholeLines{24, 0};
-inline std::int64_t streamed_rows(DType dtype) { return streamed_bytes() / size_of(dtype) / kStreamedCols + 3; }
+inline std::int64_t non_temporal_rows(DType dtype) {
+  return non_temporal_bytes() / size_of(dtype) / kNonTemporalCols + 3;
+}
 
 // One row as many.
 inline ConstRows repeated(const Matrix& row) {

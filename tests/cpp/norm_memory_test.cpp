@@ -25,8 +25,8 @@ TEST_P(NormMemoryTest, OutputMayBeInput) {
 }
 
 TEST_P(NormMemoryTest, SumMayBeResidualAndOutputMayBeInput) {
-  const NormTypes wide_stream{kBFloat16, kFloat32, kFloat32, kBFloat16};
-  for (const NormTypes types : {same(kFloat32), same(kFloat64), same(kBFloat16), same(kFloat16), wide_stream}) {
+  const NormTypes wide_residual{kBFloat16, kFloat32, kFloat32, kBFloat16};
+  for (const NormTypes types : {same(kFloat32), same(kFloat64), same(kBFloat16), same(kFloat16), wide_residual}) {
     for (const double p : {0.0, 0.3}) {
       for (const bool centered : {true, false}) {
         const NormOptions options{.centered = centered, .adds = true, .p = p, .input_bias = true};
@@ -97,11 +97,11 @@ TEST_P(NormMemoryTest, ThreadsChangeNothing) {
 TEST_P(NormMemoryTest, ResultsBeyondTheCachesAreTheSame) {
   for (const DType dtype : {kFloat32, kFloat64, kBFloat16, kFloat16}) {
     for (const bool centered : {true, false}) {
-      Problem one(generator, {1, kStreamedCols}, same(dtype), {}, {.centered = centered});
+      Problem one(generator, {1, kNonTemporalCols}, same(dtype), {}, {.centered = centered});
       one.forward(kernels(), serial);
       one.backward(kernels(), serial);
-      const std::int64_t rows = streamed_rows(dtype);
-      Matrix output(rows, kStreamedCols, dtype, kWholeLines), grad_input = output;
+      const std::int64_t rows = non_temporal_rows(dtype);
+      Matrix output(rows, kNonTemporalCols, dtype, kWholeLines), grad_input = output;
       Matrix mean, rstd(1, rows, one.rstd.dtype());
       if (centered) mean = rstd;
       NormForward forward = one.forward_arguments();
@@ -130,10 +130,10 @@ TEST_P(NormMemoryTest, SumsBeyondTheCachesAreTheSame) {
   for (const DType dtype : {kFloat32, kBFloat16}) {
     for (const bool stores_sum : {true, false}) {
       for (const bool centered : {true, false}) {
-        Problem one(generator, {1, kStreamedCols}, same(dtype), {}, {.centered = centered, .adds = true});
+        Problem one(generator, {1, kNonTemporalCols}, same(dtype), {}, {.centered = centered, .adds = true});
         one.forward(kernels(), serial);
-        const std::int64_t rows = streamed_rows(dtype);
-        Matrix output(rows, kStreamedCols, dtype, kWholeLines), sum;
+        const std::int64_t rows = non_temporal_rows(dtype);
+        Matrix output(rows, kNonTemporalCols, dtype, kWholeLines), sum;
         if (stores_sum) sum = output;
         NormForward forward = one.forward_arguments();
         forward.rows = rows;

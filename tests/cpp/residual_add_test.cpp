@@ -249,20 +249,20 @@ TEST_P(ConversionTest, NarrowingRoundsToNearestEvenAndKeepsNan) {
 
 TEST_P(ResidualAddTest, ResultsBeyondTheCachesAreTheSame) {
   for (const DType dtype : {kFloat32, kBFloat16}) {
-    Problem one(generator, {1, kStreamedCols}, {dtype, dtype, dtype}, {}, 0.0, true);
+    Problem one(generator, {1, kNonTemporalCols}, {dtype, dtype, dtype}, {}, 0.0, true);
     one.forward(kernels(), serial);
     one.backward(kernels(), serial);
-    const std::int64_t rows = streamed_rows(dtype);
-    Matrix output(rows, kStreamedCols, dtype, kWholeLines), grad_input = output;
+    const std::int64_t rows = non_temporal_rows(dtype);
+    Matrix output(rows, kNonTemporalCols, dtype, kWholeLines), grad_input = output;
     kernels().residual_add_forward({.rows = rows,
-                                    .cols = kStreamedCols,
+                                    .cols = kNonTemporalCols,
                                     .input = repeated(one.input),
                                     .residual = repeated(one.residual),
                                     .input_bias = one.input_bias.const_vector(),
                                     .output = output.operand()},
                                    threaded<2>);
     kernels().residual_add_backward({.rows = rows,
-                                     .cols = kStreamedCols,
+                                     .cols = kNonTemporalCols,
                                      .grad_output = repeated(one.grad_output),
                                      .grad_input = grad_input.operand()},
                                     threaded<2>);

@@ -360,7 +360,7 @@ def test_memory_does_not_grow_with_the_number_of_row_counts(dtype):
     """oneDNN keeps half a megabyte for every row count it sees."""
     needs_onednn(dtype)
     weight = torch.randn(OUT, IN).to(dtype)
-    linear = extension.PreparedLinear(extension.onednn_pack_weight(weight), None, "onednn", OUT)
+    linear = extension.PreparedLinear(extension.onednn_prepack_weight(weight), None, "onednn", OUT)
     row_counts = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:1300].tolist()
     x = torch.randn(4096, IN).to(dtype)
     for rows in row_counts[:300]:

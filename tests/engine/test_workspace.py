@@ -26,7 +26,7 @@ def layers_of(count: int, dim: int = 32) -> list:
 
     def linear(out_features: int, in_features: int):
         weight = torch.full((out_features, in_features), 0.01)
-        return extension.PreparedLinear(extension.packed_linear_pack_weight(weight), None, "resnorm", out_features)
+        return extension.PreparedLinear(extension.prepack_weight(weight), None, "resnorm", out_features)
 
     norm = extension.Norm(None, None, 1e-5)
     layer = extension.LayerWeights(

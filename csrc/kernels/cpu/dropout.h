@@ -39,20 +39,21 @@ class DropoutRows {
   static constexpr std::int64_t kPadding = 64;
 
   void draw(std::uint64_t counter, std::int64_t count, std::uint16_t* draws) const {
-    for (std::int64_t i = 0; i < count; i += Words::kSize * philox::kElementsPerBlock, counter += Words::kSize) {
-      Words c0 = Words::counters(counter), c1 = c0.high(), c2 = Words::broadcast(0), c3 = c2;
+    for (std::int64_t i = 0; i < count;
+         i += UInt32Vec::kSize * philox::kElementsPerBlock, counter += UInt32Vec::kSize) {
+      UInt32Vec c0 = UInt32Vec::counters(counter), c1 = c0.high(), c2 = UInt32Vec::broadcast(0), c3 = c2;
       auto key0 = static_cast<std::uint32_t>(seed_), key1 = static_cast<std::uint32_t>(seed_ >> 32);
       for (int round = 0; round < philox::kRounds; ++round) {
-        const Words product0 = multiply(c0, Words::broadcast(philox::kMultiplier0));
-        const Words product1 = multiply(c2, Words::broadcast(philox::kMultiplier1));
-        c0 = product1.high() ^ c1 ^ Words::broadcast(key0);
-        c2 = product0.high() ^ c3 ^ Words::broadcast(key1);
+        const UInt32Vec product0 = multiply(c0, UInt32Vec::broadcast(philox::kMultiplier0));
+        const UInt32Vec product1 = multiply(c2, UInt32Vec::broadcast(philox::kMultiplier1));
+        c0 = product1.high() ^ c1 ^ UInt32Vec::broadcast(key0);
+        c2 = product0.high() ^ c3 ^ UInt32Vec::broadcast(key1);
         c1 = product1;
         c3 = product0;
         key0 += philox::kKeyIncrement0;
         key1 += philox::kKeyIncrement1;
       }
-      Words::store_blocks(c0, c1, c2, c3, draws + i);
+      UInt32Vec::store_blocks(c0, c1, c2, c3, draws + i);
     }
   }
 

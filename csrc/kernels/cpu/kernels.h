@@ -40,9 +40,9 @@ struct AttentionKernels {
 
 struct LinearKernels {
   // 0 for a dtype that is not to be packed.
-  std::size_t (*packed_weight_bytes)(DType dtype, std::int64_t out_features, std::int64_t in_features);
-  void (*pack_weight)(const PackWeight&, ParallelFor);
-  void (*packed_linear)(const PackedLinear&, ParallelFor);
+  std::size_t (*prepacked_weight_bytes)(DType dtype, std::int64_t out_features, std::int64_t in_features);
+  void (*prepack_weight)(const PrepackWeight&, ParallelFor);
+  void (*prepacked_linear)(const PrepackedLinear&, ParallelFor);
 };
 
 struct KernelTable : NormForwardKernels,

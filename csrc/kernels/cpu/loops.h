@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which element types this unit has loops for; operands of other types are converted, row by row, for one of those. An
-// instruction set in which nothing but bfloat16 differs has loops for bfloat16 alone where the build has the set that it
-// extends, RESNORM_BASE: that one's kernels run everything else.
+// instruction set in which nothing but bfloat16 differs has loops for bfloat16 alone where the build has the set that
+// it extends, RESNORM_BASE: that one's kernels run everything else.
 #pragma once
 
 #include "simd.h"

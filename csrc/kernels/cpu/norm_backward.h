@@ -82,7 +82,7 @@ RESNORM_INLINE void norm_backward_sums(const NormBackwardGroup<G, S, kRows>& row
   });
 }
 
-template <bool kCentered, bool kHasGradSum, bool kHasBranch, bool kStream, class G, class S, int kRows, class Acc,
+template <bool kCentered, bool kHasGradSum, bool kHasBranch, bool kNonTemporal, class G, class S, int kRows, class Acc,
           int kSums>
 RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& group, std::int64_t cols,
                                         const Acc* weight, const NormBackwardTerms<Acc> (&terms)[kRows],
@@ -123,8 +123,8 @@ RESNORM_INLINE void norm_backward_apply(const NormBackwardGroup<G, S, kRows>& gr
         input_bias_sum = k == 0 ? branches[k] : input_bias_sum + branches[k];
       }
     });
-    put_rows<kStream>(grads, rows.grad_residual, i, lanes);
-    if constexpr (kHasBranch) put_rows<kStream>(branches, rows.grad_input, i, lanes);
+    put_rows<kNonTemporal>(grads, rows.grad_residual, i, lanes);
+    if constexpr (kHasBranch) put_rows<kNonTemporal>(branches, rows.grad_input, i, lanes);
     const auto add = [&](Acc* running, V sum)
                          RESNORM_INLINE_LAMBDA { (V::load(running + i, lanes) + sum).store(running + i, lanes); };
     add(weight_sums, weight_sum);
@@ -184,9 +184,10 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
   using Acc = Accumulation<G, S>;
   // Whether a gradient behind the dropout is wanted, grad_input or grad_input_bias, beside that of the sum,
   // grad_residual. Where nothing lies between the sum and the input, they have one gradient.
-  const bool has_branch = a.grad_input_bias.data != nullptr ||
-                          (a.grad_input.data != nullptr && (a.grad_residual.data != nullptr || a.dropout.threshold > 0 ||
-                                                            a.grad_input.dtype != a.sum.dtype));
+  const bool has_branch =
+      a.grad_input_bias.data != nullptr ||
+      (a.grad_input.data != nullptr &&
+       (a.grad_residual.data != nullptr || a.dropout.threshold > 0 || a.grad_input.dtype != a.sum.dtype));
   if (!has_branch && a.grad_input.data != nullptr) a.grad_residual = a.grad_input, a.grad_input = {};
   const bool has_grad_sum = a.grad_sum.data != nullptr;
   constexpr int kSums = kCentered ? 3 : 2;
@@ -196,8 +197,8 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
     RowBuffers buffers;
     const NormBackwardRows<G, S> operands(a, has_branch ? a.dropout : Dropout{}, buffers);
     const int matrices = 3 + has_grad_sum + has_branch;
-    const bool stream = operands.grad_residual.may_stream(a.rows, matrices) &&
-                        (!has_branch || operands.grad_input.may_stream(a.rows, matrices));
+    const bool bypass = operands.grad_residual.may_bypass_caches(a.rows, matrices) &&
+                        (!has_branch || operands.grad_input.may_bypass_caches(a.rows, matrices));
     const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
     Acc* scratch[kSums];
     for (Acc*& sum : scratch) sum = buffers.take<Acc>(a.cols);
@@ -206,9 +207,9 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
         const auto group = operands.template group<count>(first);
         NormBackwardTerms<Acc> terms[count];
         norm_backward_sums<kCentered>(group, a.cols, weight, terms);
-        const auto apply = [&](auto kHasGradSum, auto kHasBranch, auto kStream) RESNORM_INLINE_LAMBDA {
-          norm_backward_apply<kCentered, kHasGradSum, kHasBranch, kStream>(group, a.cols, weight, terms,
-                                                                           operands.dropout, sums);
+        const auto apply = [&](auto kHasGradSum, auto kHasBranch, auto kNonTemporal) RESNORM_INLINE_LAMBDA {
+          norm_backward_apply<kCentered, kHasGradSum, kHasBranch, kNonTemporal>(group, a.cols, weight, terms,
+                                                                                operands.dropout, sums);
         };
         if constexpr (count == 1) {
           // Single rows are few: one loop does everything, of which what is absent is read as zeros or goes nowhere.
@@ -216,7 +217,8 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
         } else {
           with_flag(has_grad_sum, [&](auto kHasGradSum) RESNORM_INLINE_LAMBDA {
             with_flag(has_branch, [&](auto kHasBranch) RESNORM_INLINE_LAMBDA {
-              with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA { apply(kHasGradSum, kHasBranch, kStream); });
+              with_flag(bypass,
+                        [&](auto kNonTemporal) RESNORM_INLINE_LAMBDA { apply(kHasGradSum, kHasBranch, kNonTemporal); });
             });
           });
         }
@@ -227,7 +229,7 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
       });
     };
     for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, scratch, batch);
-    if (stream) stream_fence();
+    if (bypass) non_temporal_fence();
   });
   column_sums.finish(parallel_for);
 }

@@ -22,7 +22,7 @@ void norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
   const RowWriter<T> output(a.output, a.cols, buffers, kRowsPerGroup);
   const Acc* weight = vector_or(a.weight, Acc(1), a.cols, buffers);
   const Acc* bias = kCentered ? vector_or(a.bias, Acc(0), a.cols, buffers) : nullptr;
-  const bool stream = a.output.data != a.input.data && output.may_stream(a.rows, 2);
+  const bool bypass = a.output.data != a.input.data && output.may_bypass_caches(a.rows, 2);
   for_each_group<Acc>(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
     const T *inputs[kRows], *next[kRows];
@@ -38,8 +38,8 @@ void norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
     add_moments(a.cols, value, moments);
     RowStatistics<Acc> statistics[kRows];
     row_statistics(a.cols, a.eps, moments, inputs, statistics);
-    with_stream<kRows>(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
-      normalize_rows<kCentered, kStream>(
+    with_non_temporal<kRows>(bypass, [&](auto kNonTemporal) RESNORM_INLINE_LAMBDA {
+      normalize_rows<kCentered, kNonTemporal>(
           inputs, a.cols, statistics, weight, bias, outputs, [](auto...) RESNORM_INLINE_LAMBDA {},
           [&](auto k, std::int64_t i) RESNORM_INLINE_LAMBDA { prefetch(next[k] + i); });
     });
@@ -48,7 +48,7 @@ void norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
       output.commit(first + k, k);
     });
   });
-  if (stream) stream_fence();
+  if (bypass) non_temporal_fence();
 }
 
 template <bool kCentered, class Input, class Residual, class Sum, class Output>
@@ -62,11 +62,11 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
   const Acc* bias = kCentered ? vector_or(a.bias, Acc(0), a.cols, buffers) : nullptr;
   const auto apart = [&](const Rows& result) { return result.data != a.input.data && result.data != a.residual.data; };
   const int matrices = a.sum.data == nullptr ? 3 : 4;
-  const bool streams_sum = apart(a.sum) && rounded.may_stream(a.rows, matrices);
+  const bool sum_bypasses = apart(a.sum) && rounded.may_bypass_caches(a.rows, matrices);
   // A sum that is stored unrounded, and not past the caches, is read again where it lies.
-  const bool in_place = kSame<Sum, Acc> && a.sum.data != nullptr && !streams_sum;
+  const bool in_place = kSame<Sum, Acc> && a.sum.data != nullptr && !sum_bypasses;
   const bool writes_sum = a.sum.data != nullptr && !in_place;
-  const bool stream = apart(a.output) && output.may_stream(a.rows, matrices) && (streams_sum || !writes_sum);
+  const bool bypass = apart(a.output) && output.may_bypass_caches(a.rows, matrices) && (sum_bypasses || !writes_sum);
   Acc* buffer = in_place ? nullptr : buffers.take<Acc>(kRowsPerGroup * a.cols);
   for_each_group<Acc>(begin, end, [&](std::int64_t first, auto group) RESNORM_INLINE_LAMBDA {
     constexpr int kRows = group;
@@ -94,12 +94,12 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
     });
     RowStatistics<Acc> statistics[kRows];
     row_statistics(a.cols, a.eps, moments, unrounded, statistics);
-    with_stream<kRows>(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+    with_non_temporal<kRows>(bypass, [&](auto kNonTemporal) RESNORM_INLINE_LAMBDA {
       with_flag(writes_sum, [&](auto kWritesSum) RESNORM_INLINE_LAMBDA {
-        normalize_rows<kCentered, kStream>(
+        normalize_rows<kCentered, kNonTemporal>(
             unrounded, a.cols, statistics, weight, bias, outputs,
             [&](auto k, std::int64_t i, Vec<Acc> x, auto lanes) RESNORM_INLINE_LAMBDA {
-              if constexpr (kWritesSum) put<kStream>(x, sum_rows[k] + i, lanes);
+              if constexpr (kWritesSum) put<kNonTemporal>(x, sum_rows[k] + i, lanes);
             },
             [&](auto k, std::int64_t i) RESNORM_INLINE_LAMBDA {
               prefetch(next.input[k] + i);
@@ -113,7 +113,7 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
       output.commit(first + k, k);
     });
   });
-  if (stream) stream_fence();
+  if (bypass) non_temporal_fence();
 }
 
 using NormRange = void (*)(const NormForward& a, std::int64_t begin, std::int64_t end);

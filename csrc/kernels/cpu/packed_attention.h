@@ -13,8 +13,8 @@
 #include "packed_attention_schedule.h"
 #include "packed_attention_softmax.h"
 #include "parallel.h"
+#include "product_words.h"
 #include "simd.h"
-#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {

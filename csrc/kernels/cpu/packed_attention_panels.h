@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "packed_attention_product.h"
+#include "product_words.h"
 #include "simd.h"
 #include "transpose.h"
-#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "product_words.h"
 #include "simd.h"
-#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {

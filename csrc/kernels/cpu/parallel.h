@@ -38,13 +38,13 @@ RESNORM_INLINE void for_each_group(std::int64_t begin, std::int64_t end, const B
   for (; begin < end; ++begin) body(begin, Index<1>{});
 }
 
-// body(Index<stream>). Single rows, which are few, are not worth a loop of streaming stores.
+// body(Index<bypass>). Single rows, which are few, are not worth a loop of non-temporal stores.
 template <int kRows, class Body>
-RESNORM_INLINE void with_stream(bool stream, const Body& body) {
+RESNORM_INLINE void with_non_temporal(bool bypass, const Body& body) {
   if constexpr (kRows == 1) {
     body(Index<0>{});
   } else {
-    with_flag(stream, body);
+    with_flag(bypass, body);
   }
 }
 

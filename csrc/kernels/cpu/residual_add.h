@@ -14,25 +14,26 @@
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
 
-template <class Input, class Stream>
+template <class Input, class Residual>
 void residual_add_rows(const ResidualAddForward& a, std::int64_t begin, std::int64_t end) {
-  using Acc = Accumulation<Input, Stream>;
+  using Acc = Accumulation<Input, Residual>;
   RowBuffers buffers;
-  const ResidualSumRows<Input, Stream, Acc> sums(a, buffers);
-  const RowWriter<Stream> output(a.output, a.cols, buffers);
-  const bool stream = a.output.data != a.input.data && a.output.data != a.residual.data && output.may_stream(a.rows, 3);
-  with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+  const ResidualSumRows<Input, Residual, Acc> sums(a, buffers);
+  const RowWriter<Residual> output(a.output, a.cols, buffers);
+  const bool bypass =
+      a.output.data != a.input.data && a.output.data != a.residual.data && output.may_bypass_caches(a.rows, 3);
+  with_flag(bypass, [&](auto kNonTemporal) RESNORM_INLINE_LAMBDA {
     for (std::int64_t row = begin; row < end; ++row) {
-      Stream* to = output.row(row);
+      Residual* to = output.row(row);
       sums.template with_rows<1>(row, [&](const auto& sum) RESNORM_INLINE_LAMBDA {
         for_each_vector<Acc, 4>(a.cols, [&](std::int64_t i, auto, auto lanes) RESNORM_INLINE_LAMBDA {
-          put<kStream>(sum(Index<0>{}, i, lanes), to + i, lanes);
+          put<kNonTemporal>(sum(Index<0>{}, i, lanes), to + i, lanes);
         });
       });
       output.commit(row);
     }
   });
-  if (stream) stream_fence();
+  if (bypass) non_temporal_fence();
 }
 
 inline void residual_add_forward(const ResidualAddForward& a, ParallelFor parallel_for) {
@@ -51,22 +52,22 @@ inline void residual_add_forward(const ResidualAddForward& a, ParallelFor parall
   parallel_rows(parallel_for, a.rows, a.cols, [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }
 
-template <class Stream, class Input>
+template <class Gradient, class Input>
 void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel_for) {
-  using Acc = Accumulation<Stream, Input>;
+  using Acc = Accumulation<Gradient, Input>;
   using V = Vec<Acc>;
   const ColumnSums<Acc, 1> column_sums(&a.grad_input_bias, a.rows, a.cols, a.workspace);
   parallel(parallel_for, column_sums.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
     RowBuffers buffers;
-    const RowReader<Stream> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
+    const RowReader<Gradient> grad_output(a.grad_output, a.cols, buffers, kRowsPerGroup);
     const RowWriter<Input> grad_input(a.grad_input, a.cols, buffers, kRowsPerGroup);
     const DropoutRows dropout(a.dropout, a.cols, buffers, kRowsPerGroup);
     Acc* const scratch[] = {buffers.take<Acc>(a.cols)};
-    const bool stream = grad_input.may_stream(a.rows, 2);
-    with_flag(stream, [&](auto kStream) RESNORM_INLINE_LAMBDA {
+    const bool bypass = grad_input.may_bypass_caches(a.rows, 2);
+    with_flag(bypass, [&](auto kNonTemporal) RESNORM_INLINE_LAMBDA {
       const auto batch = [&](std::int64_t batch_begin, std::int64_t batch_end, Acc* const(&sums)[1]) {
         for_each_group<Acc>(batch_begin, batch_end, [&](std::int64_t first, auto count) RESNORM_INLINE_LAMBDA {
-          const Stream* from[count];
+          const Gradient* from[count];
           const std::uint16_t* draws[count];
           Input* to[count];
           unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
@@ -79,7 +80,7 @@ void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel
             unrolled<count>([&](auto k) RESNORM_INLINE_LAMBDA {
               const V scaled = V::load(from[k] + i, lanes) * V::broadcast(static_cast<Acc>(dropout.scale));
               const V grad = scaled.keep(draws[k] + i, dropout.threshold);
-              put<kStream>(grad, to[k] + i, lanes);
+              put<kNonTemporal>(grad, to[k] + i, lanes);
               sum = k == 0 ? grad : sum + grad;
             });
             (V::load(sums[0] + i, lanes) + sum).store(sums[0] + i, lanes);
@@ -89,7 +90,7 @@ void residual_add_backward_as(const ResidualAddBackward& a, ParallelFor parallel
       };
       for (std::int64_t block = begin; block < end; ++block) column_sums.accumulate(block, a.rows, scratch, batch);
     });
-    if (stream) stream_fence();
+    if (bypass) non_temporal_fence();
   });
   column_sums.finish(parallel_for);
 }

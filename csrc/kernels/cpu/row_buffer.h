@@ -119,12 +119,12 @@ class RowWriter {
   }
 
   // Whether the rows are better written past the caches, which saves reading what is overwritten: where so many
-  // matrices of `rows` rows are read and written that the caches do not hold these until somebody reads them. Streaming
-  // stores need whole lines.
-  bool may_stream(std::int64_t rows, int matrices) const {
+  // matrices of `rows` rows are read and written that the caches do not hold these until somebody reads them.
+  // Non-temporal stores need whole lines.
+  bool may_bypass_caches(std::int64_t rows, int matrices) const {
     const auto bytes = static_cast<std::uintptr_t>(rows_.row_stride) * sizeof(T);
     return buffer_ == nullptr && (reinterpret_cast<std::uintptr_t>(rows_.data) | bytes) % kLineBytes == 0 &&
-           rows >= streamed_bytes() / static_cast<std::int64_t>(sizeof(T)) / matrices / cols_;
+           rows >= non_temporal_bytes() / static_cast<std::int64_t>(sizeof(T)) / matrices / cols_;
   }
 
   RESNORM_INLINE void commit(std::int64_t row, int slot = 0) const {

@@ -131,7 +131,7 @@ RESNORM_INLINE void row_statistics(std::int64_t cols, double eps, const MomentSu
 // output = (x - mean) * rstd * weight + bias, or x * rstd * weight where a norm is not centered. `also(k, i, x, lanes)`
 // sees every vector before its output is written; `prefetch(k, i)` is called beside every vector: this sweep reads from
 // the caches and leaves the memory idle.
-template <bool kCentered, bool kStream, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
+template <bool kCentered, bool kNonTemporal, class Acc, int kRows, class Pointer, class Out, class Also, class Prefetch>
 RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t cols,
                                    const RowStatistics<Acc> (&statistics)[kRows], const Acc* weight, const Acc* bias,
                                    Out* const (&outputs)[kRows], const Also& also, const Prefetch& prefetch) {
@@ -157,7 +157,7 @@ RESNORM_INLINE void normalize_rows(const Pointer (&rows)[kRows], std::int64_t co
         values[k] = x * rstds[k] * w;
       }
     });
-    put_rows<kStream>(values, outputs, i, lanes);
+    put_rows<kNonTemporal>(values, outputs, i, lanes);
   });
 }
 

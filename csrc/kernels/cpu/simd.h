@@ -74,23 +74,23 @@ RESNORM_INLINE void with_count(std::int64_t count, const Body& body) {
   body(Index<kMax>{});
 }
 
-// Stores, past the caches where kStream: `to` is aligned then.
-template <bool kStream, class V, class T, class Lanes>
+// Stores, past the caches where kNonTemporal: `to` is aligned then.
+template <bool kNonTemporal, class V, class T, class Lanes>
 RESNORM_INLINE void put(V value, T* to, Lanes lanes) {
-  if constexpr (kStream && kSame<Lanes, AllLanes>) {
-    value.stream(to);
+  if constexpr (kNonTemporal && kSame<Lanes, AllLanes>) {
+    value.store_non_temporal(to);
   } else {
     value.store(to, lanes);
   }
 }
 
 // One vector of each row.
-template <bool kStream, class V, class T, int kRows, class Lanes>
+template <bool kNonTemporal, class V, class T, int kRows, class Lanes>
 RESNORM_INLINE void put_rows(const V (&values)[kRows], T* const (&to)[kRows], std::int64_t i, Lanes lanes) {
-  if constexpr (requires { V::template put_rows<kStream>(values, to, i, lanes); }) {
-    V::template put_rows<kStream>(values, to, i, lanes);
+  if constexpr (requires { V::template put_rows<kNonTemporal>(values, to, i, lanes); }) {
+    V::template put_rows<kNonTemporal>(values, to, i, lanes);
   } else {
-    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { put<kStream>(values[k], to[k] + i, lanes); });
+    unrolled<kRows>([&](auto k) RESNORM_INLINE_LAMBDA { put<kNonTemporal>(values[k], to[k] + i, lanes); });
   }
 }
 

@@ -34,9 +34,11 @@ RESNORM_INLINE void store16(void* to, __m128i value, FirstLanes lanes) {
   __builtin_memcpy(to, elements, lanes.count * sizeof(std::uint16_t));
 }
 
-RESNORM_INLINE void stream16(void* to, __m128i value) { _mm_stream_si128(static_cast<__m128i*>(to), value); }
+RESNORM_INLINE void store16_non_temporal(void* to, __m128i value) {
+  _mm_stream_si128(static_cast<__m128i*>(to), value);
+}
 
-RESNORM_INLINE void stream_fence() { _mm_sfence(); }
+RESNORM_INLINE void non_temporal_fence() { _mm_sfence(); }
 
 RESNORM_INLINE __m128i to_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
@@ -91,9 +93,9 @@ struct Vec<float> {
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
   RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
 
-  RESNORM_INLINE void stream(float* to) const { _mm256_stream_ps(to, v); }
-  RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
-  RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
+  RESNORM_INLINE void store_non_temporal(float* to) const { _mm256_stream_ps(to, v); }
+  RESNORM_INLINE void store_non_temporal(BFloat16* to) const { store16_non_temporal(to, to_bfloat16(v)); }
+  RESNORM_INLINE void store_non_temporal(Float16* to) const { store16_non_temporal(to, to_float16(v)); }
 
   RESNORM_INLINE float first() const { return _mm256_cvtss_f32(v); }
   RESNORM_INLINE float sum() const {
@@ -170,7 +172,7 @@ struct Vec<double> {
     store_each(v, lanes.count, to);
   }
 
-  RESNORM_INLINE void stream(double* to) const { _mm256_stream_pd(to, v); }
+  RESNORM_INLINE void store_non_temporal(double* to) const { _mm256_stream_pd(to, v); }
 
   RESNORM_INLINE double first() const { return _mm256_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const {
@@ -193,24 +195,25 @@ struct Vec<double> {
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 };
 
-// Words of 32 bits, each in a lane of 64; the upper halves may hold anything.
-struct Words {
+// Numbers of 32 bits, each in a lane of 64; the upper halves may hold anything.
+struct UInt32Vec {
   static constexpr int kSize = 4;
   __m256i v;
 
-  static RESNORM_INLINE Words broadcast(std::uint64_t value) {
+  static RESNORM_INLINE UInt32Vec broadcast(std::uint64_t value) {
     return {_mm256_set1_epi64x(static_cast<long long>(value))};
   }
   // The counters whose blocks store_blocks writes one after the other.
-  static RESNORM_INLINE Words counters(std::uint64_t first) {
+  static RESNORM_INLINE UInt32Vec counters(std::uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }
 
-  RESNORM_INLINE Words high() const { return {_mm256_srli_epi64(v, 32)}; }
-  friend RESNORM_INLINE Words multiply(Words a, Words b) { return {_mm256_mul_epu32(a.v, b.v)}; }
-  friend RESNORM_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  RESNORM_INLINE UInt32Vec high() const { return {_mm256_srli_epi64(v, 32)}; }
+  friend RESNORM_INLINE UInt32Vec multiply(UInt32Vec a, UInt32Vec b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+  friend RESNORM_INLINE UInt32Vec operator^(UInt32Vec a, UInt32Vec b) { return {_mm256_xor_si256(a.v, b.v)}; }
 
-  static RESNORM_INLINE void store_blocks(Words c0, Words c1, Words c2, Words c3, std::uint16_t* draws) {
+  static RESNORM_INLINE void store_blocks(UInt32Vec c0, UInt32Vec c1, UInt32Vec c2, UInt32Vec c3,
+                                          std::uint16_t* draws) {
     const __m256i low = _mm256_blend_epi32(c0.v, _mm256_slli_epi64(c1.v, 32), 0xAA);
     const __m256i high = _mm256_blend_epi32(c2.v, _mm256_slli_epi64(c3.v, 32), 0xAA);
     auto* to = reinterpret_cast<__m256i*>(draws);

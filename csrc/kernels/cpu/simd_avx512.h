@@ -33,9 +33,11 @@ RESNORM_INLINE void store16(void* to, __m256i value, FirstLanes lanes) {
   _mm256_mask_storeu_epi16(to, mask(lanes), value);
 }
 
-RESNORM_INLINE void stream16(void* to, __m256i value) { _mm256_stream_si256(static_cast<__m256i*>(to), value); }
+RESNORM_INLINE void store16_non_temporal(void* to, __m256i value) {
+  _mm256_stream_si256(static_cast<__m256i*>(to), value);
+}
 
-RESNORM_INLINE void stream_fence() { _mm_sfence(); }
+RESNORM_INLINE void non_temporal_fence() { _mm_sfence(); }
 
 RESNORM_INLINE __m256i round_to_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
@@ -116,11 +118,11 @@ struct Vec<float> {
   RESNORM_INLINE void store(double* to, AllLanes) const { store(to, FirstLanes{kSize}); }
   RESNORM_INLINE void store(double* to, FirstLanes lanes) const { store_each(v, lanes.count, to); }
 
-  RESNORM_INLINE void stream(float* to) const { _mm512_stream_ps(to, v); }
-  RESNORM_INLINE void stream(BFloat16* to) const { stream16(to, to_bfloat16(v)); }
-  RESNORM_INLINE void stream(Float16* to) const { stream16(to, to_float16(v)); }
+  RESNORM_INLINE void store_non_temporal(float* to) const { _mm512_stream_ps(to, v); }
+  RESNORM_INLINE void store_non_temporal(BFloat16* to) const { store16_non_temporal(to, to_bfloat16(v)); }
+  RESNORM_INLINE void store_non_temporal(Float16* to) const { store16_non_temporal(to, to_float16(v)); }
 
-  template <bool kStream, int kRows, class Lanes>
+  template <bool kNonTemporal, int kRows, class Lanes>
   static RESNORM_INLINE void put_rows(const Vec (&values)[kRows], BFloat16* const (&to)[kRows], std::int64_t i,
                                       Lanes lanes) {
     __m512 registers[kRows];
@@ -128,8 +130,8 @@ struct Vec<float> {
     __m256i halves[kRows];
     to_bfloat16(registers, halves);
     for (int k = 0; k < kRows; ++k) {
-      if constexpr (kStream && kSame<Lanes, AllLanes>) {
-        stream16(to[k] + i, halves[k]);
+      if constexpr (kNonTemporal && kSame<Lanes, AllLanes>) {
+        store16_non_temporal(to[k] + i, halves[k]);
       } else {
         store16(to[k] + i, halves[k], lanes);
       }
@@ -205,7 +207,7 @@ struct Vec<double> {
     store_each(v, lanes.count, to);
   }
 
-  RESNORM_INLINE void stream(double* to) const { _mm512_stream_pd(to, v); }
+  RESNORM_INLINE void store_non_temporal(double* to) const { _mm512_stream_pd(to, v); }
 
   RESNORM_INLINE double first() const { return _mm512_cvtsd_f64(v); }
   RESNORM_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
@@ -227,24 +229,25 @@ struct Vec<double> {
   friend RESNORM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 };
 
-// Words of 32 bits, each in a lane of 64; the upper halves may hold anything.
-struct Words {
+// Numbers of 32 bits, each in a lane of 64; the upper halves may hold anything.
+struct UInt32Vec {
   static constexpr int kSize = 8;
   __m512i v;
 
-  static RESNORM_INLINE Words broadcast(std::uint64_t value) {
+  static RESNORM_INLINE UInt32Vec broadcast(std::uint64_t value) {
     return {_mm512_set1_epi64(static_cast<long long>(value))};
   }
   // The counters whose blocks store_blocks writes one after the other.
-  static RESNORM_INLINE Words counters(std::uint64_t first) {
+  static RESNORM_INLINE UInt32Vec counters(std::uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
 
-  RESNORM_INLINE Words high() const { return {_mm512_srli_epi64(v, 32)}; }
-  friend RESNORM_INLINE Words multiply(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
-  friend RESNORM_INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  RESNORM_INLINE UInt32Vec high() const { return {_mm512_srli_epi64(v, 32)}; }
+  friend RESNORM_INLINE UInt32Vec multiply(UInt32Vec a, UInt32Vec b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+  friend RESNORM_INLINE UInt32Vec operator^(UInt32Vec a, UInt32Vec b) { return {_mm512_xor_si512(a.v, b.v)}; }
 
-  static RESNORM_INLINE void store_blocks(Words c0, Words c1, Words c2, Words c3, std::uint16_t* draws) {
+  static RESNORM_INLINE void store_blocks(UInt32Vec c0, UInt32Vec c1, UInt32Vec c2, UInt32Vec c3,
+                                          std::uint16_t* draws) {
     const __m512i low = _mm512_mask_blend_epi32(0xAAAA, c0.v, _mm512_slli_epi64(c1.v, 32));
     const __m512i high = _mm512_mask_blend_epi32(0xAAAA, c2.v, _mm512_slli_epi64(c3.v, 32));
     _mm512_storeu_si512(draws, _mm512_unpacklo_epi64(low, high));

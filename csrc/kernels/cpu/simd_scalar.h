@@ -9,7 +9,7 @@ namespace {
 // Loops of their own for half types would not be fast here: rows of them are converted first.
 inline constexpr bool kHasHalfLoops = false;
 
-RESNORM_INLINE void stream_fence() {}
+RESNORM_INLINE void non_temporal_fence() {}
 
 template <class Acc>
 struct Vec {
@@ -46,7 +46,7 @@ struct Vec {
   }
 
   template <class T>
-  RESNORM_INLINE void stream(T* to) const {
+  RESNORM_INLINE void store_non_temporal(T* to) const {
     store(to, AllLanes{});
   }
 
@@ -97,20 +97,23 @@ struct Vec {
   friend RESNORM_INLINE Vec select_not_positive(Vec x, Vec a, Vec b) { return {x.v <= 0 ? a.v : b.v}; }
 };
 
-// Words of 32 bits, each in a lane of 64; the upper halves may hold anything.
-struct Words {
+// Numbers of 32 bits, each in a lane of 64; the upper halves may hold anything.
+struct UInt32Vec {
   static constexpr int kSize = 1;
   std::uint64_t v;
 
-  static RESNORM_INLINE Words broadcast(std::uint64_t value) { return {value}; }
+  static RESNORM_INLINE UInt32Vec broadcast(std::uint64_t value) { return {value}; }
   // The counters whose blocks store_blocks writes one after the other.
-  static RESNORM_INLINE Words counters(std::uint64_t first) { return {first}; }
+  static RESNORM_INLINE UInt32Vec counters(std::uint64_t first) { return {first}; }
 
-  RESNORM_INLINE Words high() const { return {v >> 32}; }
-  friend RESNORM_INLINE Words multiply(Words a, Words b) { return {(a.v & 0xFFFFFFFFU) * (b.v & 0xFFFFFFFFU)}; }
-  friend RESNORM_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
+  RESNORM_INLINE UInt32Vec high() const { return {v >> 32}; }
+  friend RESNORM_INLINE UInt32Vec multiply(UInt32Vec a, UInt32Vec b) {
+    return {(a.v & 0xFFFFFFFFU) * (b.v & 0xFFFFFFFFU)};
+  }
+  friend RESNORM_INLINE UInt32Vec operator^(UInt32Vec a, UInt32Vec b) { return {a.v ^ b.v}; }
 
-  static RESNORM_INLINE void store_blocks(Words c0, Words c1, Words c2, Words c3, std::uint16_t* draws) {
+  static RESNORM_INLINE void store_blocks(UInt32Vec c0, UInt32Vec c1, UInt32Vec c2, UInt32Vec c3,
+                                          std::uint16_t* draws) {
     const std::uint64_t words[4] = {c0.v, c1.v, c2.v, c3.v};
     for (int half = 0; half < 8; ++half) draws[half] = static_cast<std::uint16_t>(words[half / 2] >> (half % 2 * 16));
   }

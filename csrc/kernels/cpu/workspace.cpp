@@ -40,7 +40,7 @@ void* thread_buffer(std::size_t index, std::size_t bytes) {
   return buffer.memory.get();
 }
 
-std::int64_t streamed_bytes() {
+std::int64_t non_temporal_bytes() {
   static const std::int64_t bytes = [] {
     constexpr std::int64_t kLeast = 1024 * 1024, kMost = 4 * 1024 * 1024;  // where a system says nothing, or nonsense
     return 6 * std::clamp<std::int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), kLeast, kMost);

@@ -31,7 +31,7 @@ std::size_t free_thread_buffers();
 // what its neighbours leave, and systems report it wrongly to guests. So it is six times the second cache, which is a
 // core's own. Measured on a Zen 4: with 16 MiB, half of its third cache, backward passes over 4096 rows of 256 take 1.6
 // times as long.
-std::int64_t streamed_bytes();
+std::int64_t non_temporal_bytes();
 
 // A backward pass is cut into blocks of rows, whose column sums are merged in a fixed order afterwards. It depends on
 // the sizes only, so that the sums repeat bitwise on any number of threads. A power of two: 1, 2, ... 64.

@@ -18,11 +18,11 @@ cudaError_t launch_finish(const FinishArguments& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t finish_column_sums(const void* partials, bool is_float64, int parts, std::int64_t cols,
+cudaError_t finish_column_sums(const void* partials, bool is_float64, int row_subsets, std::int64_t cols,
                                std::initializer_list<Vector> gradients, cudaStream_t stream) {
   const auto is_absent = [](const Vector& gradient) { return gradient.data == nullptr; };
   if (std::all_of(gradients.begin(), gradients.end(), is_absent)) return cudaSuccess;
-  FinishArguments arguments = {partials, parts, static_cast<int>(gradients.size()), cols, {}};
+  FinishArguments arguments = {partials, row_subsets, static_cast<int>(gradients.size()), cols, {}};
   std::copy(gradients.begin(), gradients.end(), arguments.gradients);
   return is_float64 ? launch_finish<double>(arguments, stream) : launch_finish<float>(arguments, stream);
 }

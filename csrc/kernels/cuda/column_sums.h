@@ -10,8 +10,8 @@
 
 namespace resnorm::cuda {
 
-// Adds `partials`, [parts][gradients][cols] of float64 or float32, into the gradients that are not absent.
-cudaError_t finish_column_sums(const void* partials, bool is_float64, int parts, std::int64_t cols,
+// Adds `partials`, [row_subsets][gradients][cols] of float64 or float32, into the gradients that are not absent.
+cudaError_t finish_column_sums(const void* partials, bool is_float64, int row_subsets, std::int64_t cols,
                                std::initializer_list<Vector> gradients, cudaStream_t stream);
 
 }  // namespace resnorm::cuda

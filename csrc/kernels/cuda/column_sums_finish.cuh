@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The last step of a backward pass: partial sums of the columns, one row of them for each of some parts of the matrix,
+// The last step of a backward pass: partial sums of the columns, one row of them for each of some subsets of the rows,
 // become gradients in their own types. Always in the same order, so the same bits from run to run.
 #pragma once
 
@@ -9,11 +9,11 @@ namespace resnorm::cuda {
 
 inline constexpr int kFinishThreads = 512;
 
-// partials is [parts][sums][cols]; gradients[i] takes sum i, unless it is absent. A block adds 32 columns: 16 warps
-// take every 16th part each, then one adds the 16.
+// partials is [row_subsets][sums][cols]; gradients[i] takes sum i, unless it is absent. A block adds 32 columns: 16
+// warps take every 16th subset each, then one adds the 16.
 struct FinishArguments {
   const void* partials;
-  int parts, sums;
+  int row_subsets, sums;
   std::int64_t cols;
   Vector gradients[3];
 };
@@ -28,7 +28,7 @@ column_sums_finish(const FinishArguments a) {
   const auto* partials = static_cast<const Value*>(a.partials);
   Value total = 0;
   if (column < columns) {
-    for (int part = slice; part < a.parts; part += kSlices) total += partials[part * columns + column];
+    for (int subset = slice; subset < a.row_subsets; subset += kSlices) total += partials[subset * columns + column];
   }
   slices[slice * kPitch + lane] = total;
   barrier(0, kFinishThreads);

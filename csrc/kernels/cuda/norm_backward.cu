@@ -5,15 +5,15 @@
 #include "alignment.h"
 #include "column_sums.h"
 #include "norm_backward.h"
-#include "norm_backward_any.cuh"
 #include "norm_backward_dispatch.cuh"
+#include "norm_backward_generic.cuh"
 
 namespace resnorm::cuda {
 
 #define RESNORM_COMPILED_ELSEWHERE(...)                   \
   RESNORM_NORM_BACKWARD_TYPES(extern, true, __VA_ARGS__); \
   RESNORM_NORM_BACKWARD_TYPES(extern, false, __VA_ARGS__)
-RESNORM_FOR_STREAMS(RESNORM_COMPILED_ELSEWHERE);
+RESNORM_FOR_ELEMENT_TYPES(RESNORM_COMPILED_ELSEWHERE);
 
 namespace {
 
@@ -26,7 +26,7 @@ KernelOfPlan kernels_for(const NormBackward& a) {
   const bool inputs_differ = a.grad_input.data != nullptr && a.grad_input.dtype != gradient;
   const bool sums_differ = a.grad_sum.data != nullptr && a.grad_sum.dtype != a.sum.dtype;
   if (inputs_differ || sums_differ) return nullptr;
-  return with_stream<KernelOfPlan>(gradient, residual, a.sum.dtype, [&]<class Types>() -> KernelOfPlan {
+  return with_element_types<KernelOfPlan>(gradient, residual, a.sum.dtype, [&]<class Types>() -> KernelOfPlan {
     if (a.centered) return norm_backward_kernel<true, Types>;
     return norm_backward_kernel<false, Types>;
   });
@@ -63,19 +63,20 @@ bool is_float64(const NormBackward& a) {
 LaunchShape shape_of(const NormBackward& a, const Plan& plan) {
   const int slots =
       plan.groups() * 2 * RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, backward_row_sums(a.centered));
-  return {plan.parts * plan.cluster, plan.cluster, plan.threads,
+  return {plan.row_subsets * plan.cluster, plan.cluster, plan.threads,
           staging_of(plan, vector_of(a), row_bytes_of(a)).total_bytes + slots * static_cast<int>(sizeof(float))};
 }
 
-Plan any_plan(const NormBackward& a, const Device& device) {
-  return {.any = true, .parts = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors))};
+Plan generic_plan(const NormBackward& a, const Device& device) {
+  return {.generic = true,
+          .row_subsets = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors))};
 }
 
 template <class Value>
-cudaError_t launch_any(const NormBackward& a, int parts, const std::int64_t* seed, cudaStream_t stream) {
-  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, backward_row_sums(true));
-  const LaunchShape shape = {parts, 1, kAnyThreads, values * static_cast<int>(sizeof(Value))};
-  return launch<norm_backward_any<Value>>(shape, stream, a, seed);
+cudaError_t launch_generic(const NormBackward& a, int row_subsets, const std::int64_t* seed, cudaStream_t stream) {
+  const int values = 2 * RowGroup<0, false>::slot_size(kGenericThreads, 1, backward_row_sums(true));
+  const LaunchShape shape = {row_subsets, 1, kGenericThreads, values * static_cast<int>(sizeof(Value))};
+  return launch<norm_backward_generic<Value>>(shape, stream, a, seed);
 }
 
 cudaError_t launch_planned(const NormBackward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
@@ -116,37 +117,37 @@ Plan norm_backward_plan(const NormBackward& a, const Device& device) {
   const auto weight = ParameterTypes(a.grad_output.dtype).with(a.weight);
   const auto kernels = kernels_for(a);
   if (kernels == nullptr || !alignment.alike() || !weight.alike() || a.cols > std::numeric_limits<int>::max() / 2) {
-    return any_plan(a, device);
+    return generic_plan(a, device);
   }
   Plan plan = backward_plan(static_cast<int>(a.cols), size_of(a.grad_output.dtype), row_bytes_of(a),
                             alignment.shifted(a.cols) || !weight.aligned(), device.architecture);
-  if (plan.any) return any_plan(a, device);
+  if (plan.generic) return generic_plan(a, device);
   std::int64_t most = device.multiprocessors;
   if (plan.cluster > 1) {
     int clusters = 0;
     const auto count = kernels(plan, options_of(a)).count_resident_clusters;
-    if (count(shape_of(a, plan), device, clusters) != cudaSuccess || clusters == 0) return any_plan(a, device);
+    if (count(shape_of(a, plan), device, clusters) != cudaSuccess || clusters == 0) return generic_plan(a, device);
     most = clusters;
   }
   const std::int64_t wanted = (a.rows + plan.groups() - 1) / plan.groups();
-  const std::int64_t apart = plan.shifted ? vector_of(a) : 1;  // parts are a multiple of it
+  const std::int64_t apart = plan.shifted ? vector_of(a) : 1;  // subsets are a multiple of it
   const std::int64_t limit = std::max(apart, most / apart * apart);
-  plan.parts = static_cast<int>(std::clamp((wanted + apart - 1) / apart * apart, apart, limit));
+  plan.row_subsets = static_cast<int>(std::clamp((wanted + apart - 1) / apart * apart, apart, limit));
   return plan;
 }
 
 std::size_t norm_backward_workspace_bytes(const NormBackward& a, const Plan& plan) {
   const auto sums = static_cast<std::size_t>(backward_column_sums(a.centered, has_input_bias(a)));
-  return static_cast<std::size_t>(plan.parts) * sums * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
+  return static_cast<std::size_t>(plan.row_subsets) * sums * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
 }
 
 cudaError_t norm_backward(const NormBackward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
-  const auto error = !plan.any       ? launch_planned(a, plan, seed, stream)
-                     : is_float64(a) ? launch_any<double>(a, plan.parts, seed, stream)
-                                     : launch_any<float>(a, plan.parts, seed, stream);
+  const auto error = !plan.generic   ? launch_planned(a, plan, seed, stream)
+                     : is_float64(a) ? launch_generic<double>(a, plan.row_subsets, seed, stream)
+                                     : launch_generic<float>(a, plan.row_subsets, seed, stream);
   if (error != cudaSuccess) return error;
   const auto finish = [&](std::initializer_list<Vector> gradients) {
-    return finish_column_sums(a.workspace, is_float64(a), plan.parts, a.cols, gradients, stream);
+    return finish_column_sums(a.workspace, is_float64(a), plan.row_subsets, a.cols, gradients, stream);
   };
   if (a.centered) {
     return has_input_bias(a) ? finish({a.grad_weight, a.grad_bias, a.grad_input_bias})

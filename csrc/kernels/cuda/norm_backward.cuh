@@ -49,7 +49,7 @@ class StagedRow {
  public:
   static constexpr int kBytes = kItems * kVector * static_cast<int>(sizeof(T));  // a thread, a stage
 
-  // `staged` is this stream's part of shared memory in one stage, kBytes for each thread of the block. kShifted: the
+  // `staged` is this operand's piece of shared memory in one stage, kBytes for each thread of the block. kShifted: the
   // vector may reach beyond the row; one that does is put together here and now.
   template <bool kShifted>
   static RESNORM_DEVICE void fetch(unsigned char* staged, const T* row, int column, int cols, int item) {
@@ -78,7 +78,7 @@ class StagedRow {
 #pragma unroll
       for (int i = 0; i < 4; ++i) words.word[4 * quad + i] = loaded.word[i];
     }
-    Codec<T>::template unpack<kVector>(words, values);
+    WordsOf<T>::template unpack<kVector>(words, values);
   }
 
  private:
@@ -91,8 +91,8 @@ class StagedRow {
 };
 
 // kWarpRow: a row's threads are one warp; else `row_threads`, a multiple of 32, of each block of the cluster.
-// Types: a Stream. kShifted: rows do not start and end at multiples of a vector; the blocks (clusters) are a multiple
-// of kVector then.
+// Types: ElementTypes. kShifted: rows do not start and end at multiples of a vector; the blocks (clusters) are a
+// multiple of kVector then.
 template <class Types, int kVector, bool kWarpRow, int kItems, bool kCluster, bool kShifted, bool kCentered, bool kAdds,
           bool kDrops, bool kInputBias>
 RESNORM_KERNEL(kShifted ? kShiftedBackwardThreads : kBackwardThreads, 1)
@@ -109,12 +109,12 @@ norm_backward(const NormBackwardArguments a) {
   const int rank = kCluster ? cluster_rank() : 0;
   const RowGroup<kWarpRow ? 32 : 0, kCluster> group{kCluster ? thread_index() : thread_index() % row_threads,
                                                     row_threads, group_index + 1};
-  const int parts = grid_blocks() / blocks, part = block_index() / blocks;
+  const int row_subsets = grid_blocks() / blocks, subset = block_index() / blocks;
   constexpr int kApart = kShifted ? kVector : 1;  // the distance between the rows of neighbouring groups
-  const std::int64_t part_row = static_cast<std::int64_t>(part / kApart) * kApart * groups + part % kApart;
-  const std::int64_t row_step = static_cast<std::int64_t>(parts) * groups;
+  const std::int64_t subset_row = static_cast<std::int64_t>(subset / kApart) * kApart * groups + subset % kApart;
+  const std::int64_t row_step = static_cast<std::int64_t>(row_subsets) * groups;
   const int step = row_threads * kVector;
-  const int shift = kShifted ? static_cast<int>((a.first_element + part_row * a.x_stride) % kVector) : 0;
+  const int shift = kShifted ? static_cast<int>((a.first_element + subset_row * a.x_stride) % kVector) : 0;
   const int first_column = rank * kItems * step - shift;
   const bool has_grad_sum = kAdds && a.grad_sum != nullptr;
 
@@ -144,7 +144,7 @@ norm_backward(const NormBackwardArguments a) {
   for (int stage = 0; stage < kBackwardStages; ++stage) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      fetch(part_row + group_index * kApart + stage * row_step, stage, i);
+      fetch(subset_row + group_index * kApart + stage * row_step, stage, i);
     }
     async_commit();
   }
@@ -156,7 +156,7 @@ norm_backward(const NormBackwardArguments a) {
   static_assert(kBackwardStages == 2);
   // The same number of rounds for all groups, also for one that has no row in the last: on sm_100 a loop over a group's
   // own rows spills.
-  for (std::int64_t first_row = part_row; first_row < a.rows; first_row += row_step) {
+  for (std::int64_t first_row = subset_row; first_row < a.rows; first_row += row_step) {
     const std::int64_t row = first_row + group_index * kApart;
     const bool live = row < a.rows;
     const float mean = kCentered && live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
@@ -243,11 +243,11 @@ norm_backward(const NormBackwardArguments a) {
   }
   async_wait<0>();
 
-  float* const partials = a.partials + static_cast<std::int64_t>(part) * kSums * a.cols;
-  float* const meeting = reinterpret_cast<float*>(shared_memory());  // where rows were staged
+  float* const partials = a.partials + static_cast<std::int64_t>(subset) * kSums * a.cols;
+  float* const exchange = reinterpret_cast<float*>(shared_memory());  // where rows were staged
 #pragma unroll
   for (int sum = 0; sum < kSums; ++sum) {
-    store_column_sums<kVector, kItems>(sums[sum], meeting, row_threads, first_column, a.cols,
+    store_column_sums<kVector, kItems>(sums[sum], exchange, row_threads, first_column, a.cols,
                                        partials + static_cast<std::int64_t>(sum) * a.cols);
   }
 }

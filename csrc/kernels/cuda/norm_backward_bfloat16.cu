@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, true, SameStream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(, true, Float32Stream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(, true, WideningStream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, true, SameTypes<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, true, Float32Residual<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, true, WideningResidual<__nv_bfloat16>);
 
 }  // namespace resnorm::cuda

@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, false, SameStream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(, false, Float32Stream<__nv_bfloat16>);
-RESNORM_NORM_BACKWARD_TYPES(, false, WideningStream<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, false, SameTypes<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, false, Float32Residual<__nv_bfloat16>);
+RESNORM_NORM_BACKWARD_TYPES(, false, WideningResidual<__nv_bfloat16>);
 
 }  // namespace resnorm::cuda

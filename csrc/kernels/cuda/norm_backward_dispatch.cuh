@@ -4,10 +4,10 @@
 
 #include <type_traits>
 
+#include "element_types.cuh"
 #include "launch.cuh"
 #include "norm_backward.cuh"
 #include "plan.h"
-#include "streams.cuh"
 
 namespace resnorm::cuda {
 
@@ -51,7 +51,7 @@ NormBackwardKernel norm_backward_kernel(const Plan& plan) {
 template <bool kCentered, class Types>
 NormBackwardKernel norm_backward_kernel(const Plan& plan, const NormBackwardOptions& options) {
   using Branch = typename Types::Branch;
-  if constexpr (std::is_same_v<Types, SameStream<Branch>>) {
+  if constexpr (std::is_same_v<Types, SameTypes<Branch>>) {
     if (!options.adds) return norm_backward_kernel<Types, kCentered, false, false, false>(plan);
   }
   if (options.drops) {

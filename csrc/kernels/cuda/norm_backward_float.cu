@@ -3,6 +3,6 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, true, SameStream<float>);
+RESNORM_NORM_BACKWARD_TYPES(, true, SameTypes<float>);
 
 }  // namespace resnorm::cuda

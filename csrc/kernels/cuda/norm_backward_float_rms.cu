@@ -3,6 +3,6 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, false, SameStream<float>);
+RESNORM_NORM_BACKWARD_TYPES(, false, SameTypes<float>);
 
 }  // namespace resnorm::cuda

@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, true, SameStream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, true, Float32Stream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, true, WideningStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, SameTypes<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, Float32Residual<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, true, WideningResidual<__half>);
 
 }  // namespace resnorm::cuda

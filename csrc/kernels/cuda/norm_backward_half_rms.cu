@@ -3,8 +3,8 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_BACKWARD_TYPES(, false, SameStream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, false, Float32Stream<__half>);
-RESNORM_NORM_BACKWARD_TYPES(, false, WideningStream<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, false, SameTypes<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, false, Float32Residual<__half>);
+RESNORM_NORM_BACKWARD_TYPES(, false, WideningResidual<__half>);
 
 }  // namespace resnorm::cuda

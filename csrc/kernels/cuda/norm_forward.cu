@@ -4,15 +4,15 @@
 
 #include "alignment.h"
 #include "norm_forward.h"
-#include "norm_forward_any.cuh"
 #include "norm_forward_dispatch.cuh"
+#include "norm_forward_generic.cuh"
 
 namespace resnorm::cuda {
 
 #define RESNORM_COMPILED_ELSEWHERE(...)                  \
   RESNORM_NORM_FORWARD_TYPES(extern, true, __VA_ARGS__); \
   RESNORM_NORM_FORWARD_TYPES(extern, false, __VA_ARGS__)
-RESNORM_FOR_STREAMS(RESNORM_COMPILED_ELSEWHERE);
+RESNORM_FOR_ELEMENT_TYPES(RESNORM_COMPILED_ELSEWHERE);
 
 namespace {
 
@@ -25,7 +25,7 @@ KernelOfPlan kernels_for(const NormForward& a) {
   const DType sum = a.sum.data == nullptr ? residual : a.sum.dtype;
   const bool is_float64 = adds && a.sum.dtype == DType::kFloat64;  // the accumulation is, stored or not
   if (a.output.dtype != a.input.dtype || is_float64) return nullptr;
-  return with_stream<KernelOfPlan>(a.input.dtype, residual, sum, [&]<class Types>() -> KernelOfPlan {
+  return with_element_types<KernelOfPlan>(a.input.dtype, residual, sum, [&]<class Types>() -> KernelOfPlan {
     if (a.centered) return norm_forward_kernel<true, Types>;
     return norm_forward_kernel<false, Types>;
   });
@@ -42,12 +42,12 @@ ParameterTypes parameters_of(const NormForward& a) {
 }
 
 template <class Value>
-cudaError_t launch_any(const NormForward& a, const std::int64_t* seed, cudaStream_t stream) {
+cudaError_t launch_generic(const NormForward& a, const std::int64_t* seed, cudaStream_t stream) {
   constexpr std::int64_t kMaxBlocks = 1 << 20;
   const auto blocks = static_cast<int>(std::min(a.rows, kMaxBlocks));
-  const int values = 2 * RowGroup<0, false>::slot_size(kAnyThreads, 1, 2);
-  const LaunchShape shape = {blocks, 1, kAnyThreads, values * static_cast<int>(sizeof(Value))};
-  return launch<norm_forward_any<Value>>(shape, stream, a, seed);
+  const int values = 2 * RowGroup<0, false>::slot_size(kGenericThreads, 1, 2);
+  const LaunchShape shape = {blocks, 1, kGenericThreads, values * static_cast<int>(sizeof(Value))};
+  return launch<norm_forward_generic<Value>>(shape, stream, a, seed);
 }
 
 }  // namespace
@@ -57,19 +57,19 @@ Plan norm_forward_plan(const NormForward& a, const Device& device) {
   const ParameterTypes parameters = parameters_of(a);
   if (kernels_for(a) == nullptr || !alignment.alike() || !parameters.alike() ||
       a.cols > std::numeric_limits<int>::max() / 2) {
-    return {.any = true};
+    return {.generic = true};
   }
   const int sum_bytes = a.sum.data == nullptr ? 0 : size_of(a.sum.dtype);
-  const int stream_bytes = a.residual.data == nullptr ? 0 : std::max(size_of(a.residual.dtype), sum_bytes);
-  return forward_plan(static_cast<int>(a.cols), size_of(a.input.dtype), stream_bytes, a.dropout.threshold > 0,
+  const int residual_bytes = a.residual.data == nullptr ? 0 : std::max(size_of(a.residual.dtype), sum_bytes);
+  return forward_plan(static_cast<int>(a.cols), size_of(a.input.dtype), residual_bytes, a.dropout.threshold > 0,
                       alignment.shifted(a.cols) || !parameters.aligned(), device.architecture);
 }
 
 cudaError_t norm_forward(const NormForward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
   const bool adds = a.residual.data != nullptr;
-  if (plan.any) {
+  if (plan.generic) {
     const bool is_float64 = a.input.dtype == DType::kFloat64 || (adds && a.sum.dtype == DType::kFloat64);
-    return is_float64 ? launch_any<double>(a, seed, stream) : launch_any<float>(a, seed, stream);
+    return is_float64 ? launch_generic<double>(a, seed, stream) : launch_generic<float>(a, seed, stream);
   }
   const auto kernel = kernels_for(a)(plan, adds, a.dropout.threshold > 0);
   if (kernel.launch == nullptr) return cudaErrorInvalidConfiguration;

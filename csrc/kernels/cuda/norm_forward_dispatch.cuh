@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "element_types.cuh"
 #include "launch.cuh"
 #include "norm_forward.cuh"
 #include "plan.h"
-#include "streams.cuh"
 
 namespace resnorm::cuda {
 
@@ -31,8 +31,8 @@ NormForwardKernel norm_forward_kernel(const Plan& plan) {
   if (plan.row_threads > 32) {
     return norm_forward_kernel<Types, 0, kBlockRowItems, false, kCentered, kAdds, kDrops>(plan);
   }
-  constexpr int kStreamBytes = std::max(sizeof(typename Types::Residual), sizeof(typename Types::Sum));
-  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Branch), kAdds ? kStreamBytes : 0, kDrops);
+  constexpr int kResidualBytes = std::max(sizeof(typename Types::Residual), sizeof(typename Types::Sum));
+  constexpr int kMaxItems = max_warp_items(sizeof(typename Types::Branch), kAdds ? kResidualBytes : 0, kDrops);
   const auto is = [&](int row_threads, int items) { return plan.row_threads == row_threads && plan.items == items; };
   if (is(8, 1)) return norm_forward_kernel<Types, 8, 1, false, kCentered, kAdds, kDrops>(plan);
   if (is(8, 2)) return norm_forward_kernel<Types, 8, 2, false, kCentered, kAdds, kDrops>(plan);
@@ -54,7 +54,7 @@ NormForwardKernel norm_forward_kernel(const Plan& plan) {
 template <bool kCentered, class Types>
 NormForwardKernel norm_forward_kernel(const Plan& plan, bool adds, bool drops) {
   using Branch = typename Types::Branch;
-  if constexpr (std::is_same_v<Types, SameStream<Branch>>) {
+  if constexpr (std::is_same_v<Types, SameTypes<Branch>>) {
     if (!adds) return norm_forward_kernel<Types, kCentered, false, false>(plan);
   }
   return drops ? norm_forward_kernel<Types, kCentered, true, true>(plan)

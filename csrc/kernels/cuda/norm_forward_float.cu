@@ -3,6 +3,6 @@
 
 namespace resnorm::cuda {
 
-RESNORM_NORM_FORWARD_TYPES(, true, SameStream<float>);
+RESNORM_NORM_FORWARD_TYPES(, true, SameTypes<float>);
 
 }  // namespace resnorm::cuda

@@ -11,14 +11,14 @@
 namespace resnorm::cuda {
 
 struct Plan {
-  bool any = false;        // no kernel holds such a row: the one that goes through any row element by element
+  bool generic = false;    // no kernel holds such a row: the one that goes through any row element by element
   bool shifted = false;    // rows do not start or end at multiples of a vector
-  int row_threads = 0;     // of a block that share a row: a part of a warp, warps, or the whole block
+  int row_threads = 0;     // of a block that share a row: a piece of a warp, warps, or the whole block
   int items = 0;           // vectors that a thread holds
   int threads = 0;         // of a block
   int cluster = 1;         // blocks that share a row
-  std::int64_t tiles = 1;  // parts of a row that go to different blocks, where nothing is summed over a row
-  int parts = 0;           // of the rows, each with its own partial sums of the columns; 0 where there are none
+  std::int64_t tiles = 1;  // pieces of a row that go to different blocks, where nothing is summed over a row
+  int row_subsets = 0;     // each with its own partial sums of the columns; 0 where there are none
 
   int groups() const { return threads / row_threads; }  // of threads that share a row
 };
@@ -47,18 +47,18 @@ constexpr std::int64_t vectors_of(std::int64_t cols, int vector, bool shifted) {
 inline constexpr int kWarpRowThreads = 128, kBlockRowThreads = 1024, kBlockRowItems = 2;
 
 // How many vectors a thread of a warp may hold: 64 registers hold the raw words of all operands at once.
-constexpr int max_warp_items(int input_bytes, int stream_bytes, bool drops) {
-  if (input_bytes == 4 || stream_bytes == 0) return 4;
-  return stream_bytes == 2 && !drops ? 3 : 2;
+constexpr int max_warp_items(int input_bytes, int residual_bytes, bool drops) {
+  if (input_bytes == 4 || residual_bytes == 0) return 4;
+  return residual_bytes == 2 && !drops ? 3 : 2;
 }
 
-// `stream_bytes` of an element of the residual or the sum, whichever is wider; 0 where there is no residual.
+// `residual_bytes` of an element of the residual or the sum, whichever is wider; 0 where there is no residual.
 //
 // Few threads with several vectors each, rather than many with one: the more each holds, the fewer shuffles an element
 // costs, and the more loads are in flight.
-inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops, bool shifted, int architecture) {
+inline Plan forward_plan(int cols, int input_bytes, int residual_bytes, bool drops, bool shifted, int architecture) {
   const auto vectors = static_cast<int>(vectors_of(cols, kVectorBytes / input_bytes, shifted));
-  const int max_items = max_warp_items(input_bytes, stream_bytes, drops);
+  const int max_items = max_warp_items(input_bytes, residual_bytes, drops);
   const auto warp_plan = [&](int row_threads, int items) {
     return Plan{.shifted = shifted, .row_threads = row_threads, .items = items, .threads = kWarpRowThreads};
   };
@@ -82,7 +82,7 @@ inline Plan forward_plan(int cols, int input_bytes, int stream_bytes, bool drops
               .cluster = cluster};
     }
   }
-  return {.any = true};
+  return {.generic = true};
 }
 
 // ---- The norms, backward
@@ -118,13 +118,13 @@ constexpr int max_shared_bytes(int architecture) {
 }
 
 // Floats that a group of threads needs where the groups' sums of the columns meet, one vector a thread at a time. The
-// pitch keeps a warp that goes through columns, and one that goes through threads, from meeting a bank twice.
+// pitch keeps a warp that goes through columns, and one that goes through threads, from hitting a bank twice.
 RESNORM_HOST_DEVICE constexpr int meeting_pitch(int row_threads, int vector) { return row_threads + 32 / vector; }
-RESNORM_HOST_DEVICE constexpr int meeting_size(int row_threads, int vector) {
+RESNORM_HOST_DEVICE constexpr int exchange_size(int row_threads, int vector) {
   return meeting_pitch(row_threads, vector) * vector;
 }
 
-// Bytes of shared memory for the rows of one stage, and for all stages or the meeting, whichever is larger.
+// Bytes of shared memory for the rows of one stage, and for all stages or the exchange, whichever is larger.
 struct Staging {
   int stage_bytes, total_bytes;
 };
@@ -132,8 +132,8 @@ struct Staging {
 // `row_bytes` of an element of each matrix that is read, together.
 inline Staging staging_of(const Plan& plan, int vector, int row_bytes) {
   const int stage = plan.items * vector * plan.threads * row_bytes;
-  const int meeting = plan.groups() * meeting_size(plan.row_threads, vector) * 4;
-  return {stage, kBackwardStages * stage > meeting ? kBackwardStages * stage : meeting};
+  const int exchange = plan.groups() * exchange_size(plan.row_threads, vector) * 4;
+  return {stage, kBackwardStages * stage > exchange ? kBackwardStages * stage : exchange};
 }
 
 // `gradient_bytes` of an element of the output's gradient.
@@ -159,7 +159,7 @@ inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shif
   for (int cluster = 2; architecture >= 90 && cluster <= kMaxCluster; cluster *= 2) {
     if (row_threads <= threads * cluster) return plan_of(max_items, threads, cluster);
   }
-  return {.any = true};
+  return {.generic = true};
 }
 
 // ---- residual_add: nothing is summed over a row, so a row may be cut into tiles

@@ -4,18 +4,18 @@
 
 #include "alignment.h"
 #include "column_sums.h"
+#include "element_types.cuh"
 #include "launch.cuh"
 #include "residual_add.h"
-#include "residual_add_any.cuh"
 #include "residual_add_backward.cuh"
 #include "residual_add_forward.cuh"
-#include "streams.cuh"
+#include "residual_add_generic.cuh"
 
 namespace resnorm::cuda {
 
 namespace {
 
-constexpr std::int64_t kMaxRowParts = 1 << 15;  // of kernels that need no more blocks than keep the device busy
+constexpr std::int64_t kMaxRowSubsets = 1 << 15;  // of kernels that need no more blocks than keep the device busy
 
 // ---- Forward
 
@@ -33,8 +33,9 @@ ForwardKernel forward_kernel(const Plan& plan, bool drops) {
 }
 
 ForwardKernelOfPlan kernels_for(const ResidualAddForward& a) {
-  return with_stream<ForwardKernelOfPlan>(a.input.dtype, a.residual.dtype, a.output.dtype,
-                                          []<class Types>() -> ForwardKernelOfPlan { return forward_kernel<Types>; });
+  return with_element_types<ForwardKernelOfPlan>(
+      a.input.dtype, a.residual.dtype, a.output.dtype,
+      []<class Types>() -> ForwardKernelOfPlan { return forward_kernel<Types>; });
 }
 
 Alignment alignment_of(const ResidualAddForward& a) {
@@ -79,10 +80,10 @@ DType branch_of(const ResidualAddBackward& a) {
 }
 
 BackwardKernelOfPlan kernels_for(const ResidualAddBackward& a) {
-  return with_stream<BackwardKernelOfPlan>(branch_of(a), a.grad_output.dtype, a.grad_output.dtype,
-                                           []<class Types>() -> BackwardKernelOfPlan {
-                                             return backward_kernel<typename Types::Sum, typename Types::Branch>;
-                                           });
+  return with_element_types<BackwardKernelOfPlan>(branch_of(a), a.grad_output.dtype, a.grad_output.dtype,
+                                                  []<class Types>() -> BackwardKernelOfPlan {
+                                                    return backward_kernel<typename Types::Sum, typename Types::Branch>;
+                                                  });
 }
 
 int vector_of(const ResidualAddBackward& a) { return kVectorBytes / size_of(branch_of(a)); }
@@ -101,14 +102,15 @@ bool is_float64(const ResidualAddBackward& a) {
 
 // ---- Any types and alignment
 
-ColumnOfParts any_place(std::int64_t rows, std::int64_t cols, std::int64_t most_blocks) {
-  const std::int64_t tiles = (cols + kAnyThreads - 1) / kAnyThreads;
+ColumnOfSubset generic_place(std::int64_t rows, std::int64_t cols, std::int64_t most_blocks) {
+  const std::int64_t tiles = (cols + kGenericThreads - 1) / kGenericThreads;
   return {tiles, std::clamp<std::int64_t>(most_blocks / tiles, 1, std::max<std::int64_t>(rows, 1))};
 }
 
 template <auto kernel, class Arguments>
-cudaError_t launch_any(const Arguments& a, const ColumnOfParts& place, const std::int64_t* seed, cudaStream_t stream) {
-  const LaunchShape shape = {static_cast<int>(place.tiles * place.parts), 1, kAnyThreads, 0};
+cudaError_t launch_generic(const Arguments& a, const ColumnOfSubset& place, const std::int64_t* seed,
+                           cudaStream_t stream) {
+  const LaunchShape shape = {static_cast<int>(place.tiles * place.row_subsets), 1, kGenericThreads, 0};
   return launch<kernel>(shape, stream, a, seed, place);
 }
 
@@ -118,7 +120,7 @@ Plan residual_add_forward_plan(const ResidualAddForward& arguments) {
   const ResidualAddForward a = flattened(arguments);
   const Alignment alignment = alignment_of(a);
   const auto bias = ParameterTypes(a.input.dtype).with(a.input_bias);
-  if (kernels_for(a) == nullptr || !alignment.alike() || !bias.alike()) return {.any = true};
+  if (kernels_for(a) == nullptr || !alignment.alike() || !bias.alike()) return {.generic = true};
   return elementwise_plan(a.cols, size_of(a.input.dtype), alignment.shifted(a.cols) || !bias.aligned(),
                           kElementwiseThreads, kElementwiseItems);
 }
@@ -126,12 +128,12 @@ Plan residual_add_forward_plan(const ResidualAddForward& arguments) {
 cudaError_t residual_add_forward(const ResidualAddForward& arguments, const Plan& plan, const std::int64_t* seed,
                                  cudaStream_t stream) {
   const ResidualAddForward a = flattened(arguments);
-  if (plan.any) {
-    const auto place = any_place(a.rows, a.cols, kMaxRowParts);
+  if (plan.generic) {
+    const auto place = generic_place(a.rows, a.cols, kMaxRowSubsets);
     const bool is_float64 =
         a.input.dtype == DType::kFloat64 || a.residual.dtype == DType::kFloat64 || a.output.dtype == DType::kFloat64;
-    return is_float64 ? launch_any<residual_add_forward_any<double>>(a, place, seed, stream)
-                      : launch_any<residual_add_forward_any<float>>(a, place, seed, stream);
+    return is_float64 ? launch_generic<residual_add_forward_generic<double>>(a, place, seed, stream)
+                      : launch_generic<residual_add_forward_generic<float>>(a, place, seed, stream);
   }
   const std::int64_t row_blocks = (a.rows + plan.groups() - 1) / plan.groups();
   const LaunchShape shape = {static_cast<int>(row_blocks * plan.tiles), 1, plan.threads, 0};
@@ -160,23 +162,23 @@ Plan residual_add_backward_plan(const ResidualAddBackward& arguments, const Devi
   const bool sums = a.grad_input_bias.data != nullptr;
   const Alignment alignment = alignment_of(a);
   if (kernels_for(a) == nullptr || !alignment.alike()) {
-    const auto place = any_place(a.rows, a.cols, sums ? device.multiprocessors : kMaxRowParts);
-    return {.any = true, .tiles = place.tiles, .parts = static_cast<int>(place.parts)};
+    const auto place = generic_place(a.rows, a.cols, sums ? device.multiprocessors : kMaxRowSubsets);
+    return {.generic = true, .tiles = place.tiles, .row_subsets = static_cast<int>(place.row_subsets)};
   }
   Plan plan =
       elementwise_plan(a.cols, size_of(branch_of(a)), alignment.shifted(a.cols),
                        sums ? kColumnSumThreads : kElementwiseThreads, sums ? kColumnSumItems : kElementwiseItems);
-  const std::int64_t apart = sums && plan.shifted ? vector_of(a) : 1;  // parts are a multiple of it
+  const std::int64_t apart = sums && plan.shifted ? vector_of(a) : 1;  // subsets are a multiple of it
   const std::int64_t wanted = std::max<std::int64_t>(1, (a.rows + plan.groups() - 1) / plan.groups());
   const std::int64_t most = sums ? std::max<std::int64_t>(device.multiprocessors / plan.tiles / apart * apart, apart)
                                  : std::numeric_limits<int>::max() / plan.tiles;
-  plan.parts = static_cast<int>(std::min((wanted + apart - 1) / apart * apart, most));
+  plan.row_subsets = static_cast<int>(std::min((wanted + apart - 1) / apart * apart, most));
   return plan;
 }
 
 std::size_t residual_add_backward_workspace_bytes(const ResidualAddBackward& a, const Plan& plan) {
   if (a.grad_input_bias.data == nullptr) return 0;
-  return static_cast<std::size_t>(plan.parts) * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
+  return static_cast<std::size_t>(plan.row_subsets) * static_cast<std::size_t>(a.cols) * (is_float64(a) ? 8 : 4);
 }
 
 cudaError_t residual_add_backward(const ResidualAddBackward& arguments, const Plan& plan, const std::int64_t* seed,
@@ -184,14 +186,14 @@ cudaError_t residual_add_backward(const ResidualAddBackward& arguments, const Pl
   const ResidualAddBackward a = flattened(arguments);
   const bool sums = a.grad_input_bias.data != nullptr;
   cudaError_t error = cudaSuccess;
-  if (plan.any) {
-    const ColumnOfParts place = {plan.tiles, plan.parts};
-    error = is_float64(a) ? launch_any<residual_add_backward_any<double>>(a, place, seed, stream)
-                          : launch_any<residual_add_backward_any<float>>(a, place, seed, stream);
+  if (plan.generic) {
+    const ColumnOfSubset place = {plan.tiles, plan.row_subsets};
+    error = is_float64(a) ? launch_generic<residual_add_backward_generic<double>>(a, place, seed, stream)
+                          : launch_generic<residual_add_backward_generic<float>>(a, place, seed, stream);
   } else {
-    const int meeting = plan.groups() * meeting_size(plan.row_threads, vector_of(a));
-    const LaunchShape shape = {static_cast<int>(plan.parts * plan.tiles), 1, plan.threads,
-                               sums ? meeting * static_cast<int>(sizeof(float)) : 0};
+    const int exchange = plan.groups() * exchange_size(plan.row_threads, vector_of(a));
+    const LaunchShape shape = {static_cast<int>(plan.row_subsets * plan.tiles), 1, plan.threads,
+                               sums ? exchange * static_cast<int>(sizeof(float)) : 0};
     error = kernels_for(a)(plan, a.dropout.threshold > 0, sums)
                 .launch(shape, stream,
                         {.grad_output = a.grad_output.data,
@@ -201,7 +203,7 @@ cudaError_t residual_add_backward(const ResidualAddBackward& arguments, const Pl
                          .rows = a.rows,
                          .cols = a.cols,
                          .tiles = plan.tiles,
-                         .parts = plan.parts,
+                         .row_subsets = plan.row_subsets,
                          .grad_output_stride = a.grad_output.row_stride,
                          .grad_input_stride = a.grad_input.row_stride,
                          .row_threads = plan.row_threads,
@@ -210,7 +212,7 @@ cudaError_t residual_add_backward(const ResidualAddBackward& arguments, const Pl
                          .scale = a.dropout.scale});
   }
   if (error != cudaSuccess || !sums) return error;
-  return finish_column_sums(a.workspace, is_float64(a), plan.parts, a.cols, {a.grad_input_bias}, stream);
+  return finish_column_sums(a.workspace, is_float64(a), plan.row_subsets, a.cols, {a.grad_input_bias}, stream);
 }
 
 }  // namespace resnorm::cuda

@@ -22,7 +22,7 @@ struct ResidualAddArguments {
   float scale;
 };
 
-// Types: a Stream, of which Sum is the output's. kShifted: rows do not start and end at multiples of a vector.
+// Types: ElementTypes, of which Sum is the output's. kShifted: rows do not start and end at multiples of a vector.
 template <class Types, int kVector, bool kShifted, bool kDrops>
 RESNORM_KERNEL(kElementwiseThreads, 4)
 residual_add_forward(const ResidualAddArguments a) {
@@ -52,8 +52,8 @@ residual_add_forward(const ResidualAddArguments a) {
     const std::int64_t column = base + i * step;
     if (column >= a.cols) continue;
     float x[kVector], addend[kVector];
-    Codec<Branch>::template unpack<kVector>(input_words[i], x);
-    Codec<Residual>::template unpack<kVector>(residual_words[i], addend);
+    WordsOf<Branch>::template unpack<kVector>(input_words[i], x);
+    WordsOf<Residual>::template unpack<kVector>(residual_words[i], addend);
     if (a.input_bias != nullptr) {
       float bias[kVector];
       load_parameter<Branch, kVector, kShifted>(a.input_bias, a.float32_parameters, column, a.cols, bias);

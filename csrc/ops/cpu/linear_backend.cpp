@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "onednn_linear.h"
-#include "packed_linear.h"
+#include "prepacked_linear.h"
 
 namespace resnorm {
 
@@ -68,7 +68,7 @@ LinearBackend linear_backend(at::ScalarType dtype, int64_t in_features, int64_t 
   const auto wanted = override.empty() ? chosen({dtype, in_features, out_features}) : parse_linear_backend(override);
   if (in_features == 0 || out_features == 0) return LinearBackend::kAten;
   const bool has_it = wanted == LinearBackend::kOneDnn    ? onednn::supports(dtype)
-                      : wanted == LinearBackend::kResnorm ? packed_linear::supports(dtype)
+                      : wanted == LinearBackend::kResnorm ? prepacked_linear::supports(dtype)
                                                           : true;
   return has_it ? wanted : LinearBackend::kAten;
 }

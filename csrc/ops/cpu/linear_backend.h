@@ -9,7 +9,7 @@
 
 namespace resnorm {
 
-// The last is the project's own kernel (packed_linear.h).
+// The last is the project's own kernel (prepacked_linear.h).
 enum class LinearBackend { kAten, kOneDnn, kResnorm };
 
 // ATen unless set_linear_backend or the environment (RESNORM_LINEAR=aten|onednn|resnorm, which wins) says another, and

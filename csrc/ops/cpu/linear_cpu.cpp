@@ -35,8 +35,8 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   check_linear(input, weight, bias, residual);
   const auto epilogue = parse_activation(activation);
   const auto dtype = input.scalar_type();
-  // Packing a weight for one call would not pay, nor would copying one that is transposed: where packed ones are best,
-  // oneDNN takes those that are not.
+  // Prepacking a weight for one call would not pay, nor would copying one that is transposed: where prepacked ones are
+  // best, oneDNN takes those that are not.
   const bool by_onednn = input.numel() > 0 && weight.numel() > 0 && weight.is_contiguous() && onednn::supports(dtype) &&
                          linear_backend(dtype, weight.size(1), weight.size(0)) != LinearBackend::kAten;
   if (by_onednn) {

@@ -125,7 +125,7 @@ bool supports(at::ScalarType dtype) {
   return dtype == at::kFloat || (dtype == at::kBFloat16 && has_bf16);
 }
 
-Tensor pack_weight(const Tensor& weight) { return operators().pack->call(weight.contiguous(), kTileRows); }
+Tensor prepack_weight(const Tensor& weight) { return operators().pack->call(weight.contiguous(), kTileRows); }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
               const OptionalTensor& residual) {

@@ -12,9 +12,9 @@ namespace resnorm::onednn {
 bool supports(at::ScalarType dtype);
 
 // `weight` in the layout that oneDNN's kernels read fastest: an opaque tensor of the same size, good for linear() only.
-Tensor pack_weight(const Tensor& weight);
+Tensor prepack_weight(const Tensor& weight);
 
-// As resnorm::linear; `weight` is plain or packed.
+// As resnorm::linear; `weight` is plain or prepacked.
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
               const OptionalTensor& residual);
 

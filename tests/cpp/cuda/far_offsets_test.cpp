@@ -48,7 +48,7 @@ cudaError_t run(NormForwardProblem& problem, Place place, const Device& device) 
   return error;
 }
 
-// `workspace` has a row for each of the last parts.
+// `workspace` has a row for each of the last subsets.
 cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, std::int64_t first_part,
                 const Device& device) {
   const auto far = [&](Matrix& near) { return FarRows(near, place.first_row * place.row_stride, place.row_stride); };
@@ -72,11 +72,11 @@ cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, st
 }
 
 constexpr Device kDevice = {kNewest, 4};
-constexpr int kParts = 8;  // at most: rows that start anywhere need one for each element of a vector
+constexpr int kRowSubsets = 8;  // at most: rows that start anywhere need one for each element of a vector
 constexpr NormForwardProblem::Options forward_options(bool centered) {
   return {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.3};
 }
-// Without the columns' sums, for which the parts that do not run would be needed.
+// Without the columns' sums, for which the subsets that do not run would be needed.
 constexpr NormBackwardProblem::Options backward_options(bool centered) {
   return {
       .centered = centered, .adds = true, .affine = false, .grad_sum = true, .grad_residual = true, .dropout_p = 0.3};
@@ -94,7 +94,7 @@ TEST_P(FarOffsetsTest, RowStrides) {
         forward.expect_correct();
         NormBackwardProblem backward(generator, {3, cols}, {dtype, dtype, dtype, dtype}, {},
                                      backward_options(centered));
-        Matrix workspace(kParts, backward_column_sums(centered, false) * cols, backward.accumulation);
+        Matrix workspace(kRowSubsets, backward_column_sums(centered, false) * cols, backward.accumulation);
         ASSERT_EQ(run(backward, {0, stride}, workspace, 0, kDevice), cudaSuccess);
         backward.expect_correct();
       }
@@ -114,7 +114,7 @@ std::int64_t clusters_for(Problem& problem, std::int64_t rows, const Device& dev
 
 // The rows that the last clusters take. So many that their rows are neighbours: where rows start anywhere, those of one
 // cluster are a vector's length apart.
-constexpr int kLastClusters = kParts;
+constexpr int kLastClusters = kRowSubsets;
 struct LastRows {
   std::int64_t first, count, clusters;
 };

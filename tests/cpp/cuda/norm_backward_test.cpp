@@ -177,7 +177,7 @@ TEST(BackwardWorkspaceTest, HoldsTheSumsOfTheNorm) {
         const Plan plan = norm_backward_plan(problem.arguments(), {kNewest, 4});
         const std::size_t sums = 1 + centered + input_bias;
         EXPECT_EQ(norm_backward_workspace_bytes(problem.arguments(), plan),
-                  plan.parts * sums * 520 * size_of(problem.accumulation));
+                  plan.row_subsets * sums * 520 * size_of(problem.accumulation));
       }
     }
   }
@@ -191,7 +191,7 @@ TEST(BackwardPlanTest, HoldsEveryRowInTheSharedMemoryThereIs) {
           const int vector = kVectorBytes / bytes;
           for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
             const Plan plan = backward_plan(cols, bytes, row_bytes, shifted, architecture);
-            if (plan.any) continue;
+            if (plan.generic) continue;
             EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, cols + (shifted ? vector - 1 : 0));
             EXPECT_EQ(plan.threads % plan.row_threads, 0);
             EXPECT_LE(plan.threads, kBackwardThreads);

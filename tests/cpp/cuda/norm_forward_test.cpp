@@ -197,12 +197,12 @@ TEST_P(NormForwardTest, SpecialValues) {
 
 TEST(ForwardPlanTest, HoldsEveryRow) {
   for (const int bytes : {2, 4}) {
-    for (const int stream_bytes : {0, 2, 4}) {
+    for (const int residual_bytes : {0, 2, 4}) {
       for (const int architecture : {75, 80, 90, 120}) {
         for (const bool shifted : {false, true}) {
           for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
-            const Plan plan = forward_plan(cols, bytes, stream_bytes, shifted, shifted, architecture);
-            if (plan.any) continue;
+            const Plan plan = forward_plan(cols, bytes, residual_bytes, shifted, shifted, architecture);
+            if (plan.generic) continue;
             const int vector = kVectorBytes / bytes, needed = cols + (shifted ? vector - 1 : 0);
             EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, needed);
             EXPECT_EQ(plan.threads % 32, 0);

@@ -12,8 +12,8 @@ namespace resnorm::cuda {
 
 // Accumulates in Value. `a.workspace` holds [blocks][backward_column_sums][cols] of Value.
 template <class Value>
-RESNORM_KERNEL(kAnyThreads, 1)
-norm_backward_any(const NormBackward a, const std::int64_t* seed_address) {
+RESNORM_KERNEL(kGenericThreads, 1)
+norm_backward_generic(const NormBackward a, const std::int64_t* seed_address) {
   const RowGroup<0, false> group{thread_index(), block_threads(), 1};
   Value* slot = reinterpret_cast<Value*>(shared_memory());
   constexpr int kRowSums = backward_row_sums(true);  // where a norm is not centered, two of them stay 0

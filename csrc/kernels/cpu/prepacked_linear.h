@@ -9,8 +9,8 @@
 
 #include "activation.h"
 #include "parallel.h"
+#include "product_words.h"
 #include "row_buffer.h"
-#include "words.h"
 
 namespace resnorm::cpu::RESNORM_ISA {
 namespace {
@@ -36,16 +36,16 @@ constexpr std::int64_t panel_words(std::int64_t in_features) {
   return words_of<typename WordsOf<T>::Type>(in_features) * kPanelCols;
 }
 
-// Whether words hold T as it is, so that a packed weight is as exact, and no larger, than the weight.
+// Whether words hold T as it is, so that a prepacked weight is as exact, and no larger, than the weight.
 template <class T>
-constexpr bool kPacksExactly = sizeof(T) * WordsOf<T>::Type::kValues == sizeof(float);
+constexpr bool kPrepacksExactly = sizeof(T) * WordsOf<T>::Type::kValues == sizeof(float);
 
 template <class T>
-void pack_weight_as(const PackWeight& a, ParallelFor parallel_for) {
+void prepack_weight_as(const PrepackWeight& a, ParallelFor parallel_for) {
   constexpr int kValues = WordsOf<T>::Type::kValues;
   parallel(parallel_for, panels_of(a.out_features), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t panel = begin; panel < end; ++panel) {
-      T* const to = reinterpret_cast<T*>(static_cast<float*>(a.packed) + panel * panel_words<T>(a.in_features));
+      T* const to = reinterpret_cast<T*>(static_cast<float*>(a.prepacked) + panel * panel_words<T>(a.in_features));
       __builtin_memset(to, 0, panel_words<T>(a.in_features) * sizeof(float));
       for (std::int64_t col = 0; col < kPanelCols && panel * kPanelCols + col < a.out_features; ++col) {
         const T* from = static_cast<const T*>(a.weight.data) + (panel * kPanelCols + col) * a.weight.row_stride;
@@ -99,7 +99,7 @@ struct Identity {
 };
 
 template <class Activate, class T>
-void packed_linear_as(const PackedLinear& a, ParallelFor parallel_for) {
+void prepacked_linear_as(const PrepackedLinear& a, ParallelFor parallel_for) {
   using V = Vec<float>;
   const std::int64_t panels = panels_of(a.out_features), chunks = (a.rows + kChunkRows - 1) / kChunkRows;
   const std::int64_t task_rows = a.rows < kChunkRows ? a.rows : kChunkRows;
@@ -110,7 +110,7 @@ void packed_linear_as(const PackedLinear& a, ParallelFor parallel_for) {
     alignas(kLineBytes) float sums[kTileRows * kPanelCols];
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t chunk = task / panels, panel = task % panels, first_col = panel * kPanelCols;
-      const float* const weights = static_cast<const float*>(a.packed) + panel * panel_words<T>(a.cols);
+      const float* const weights = static_cast<const float*>(a.prepacked) + panel * panel_words<T>(a.cols);
       const std::int64_t cols = a.out_features - first_col < kPanelCols ? a.out_features - first_col : kPanelCols;
       const std::int64_t end_row = (chunk + 1) * kChunkRows < a.rows ? (chunk + 1) * kChunkRows : a.rows;
       for (std::int64_t row = chunk * kChunkRows; row < end_row; row += kTileRows) {
@@ -132,19 +132,19 @@ void packed_linear_as(const PackedLinear& a, ParallelFor parallel_for) {
 }
 
 template <class T>
-void packed_linear_with(const PackedLinear& a, ParallelFor parallel_for) {
-  if (a.activation == Activation::kNone) return packed_linear_as<Identity, T>(a, parallel_for);
-  visit(a.activation, [&](auto tag) { packed_linear_as<typename decltype(tag)::Type, T>(a, parallel_for); });
+void prepacked_linear_with(const PrepackedLinear& a, ParallelFor parallel_for) {
+  if (a.activation == Activation::kNone) return prepacked_linear_as<Identity, T>(a, parallel_for);
+  visit(a.activation, [&](auto tag) { prepacked_linear_as<typename decltype(tag)::Type, T>(a, parallel_for); });
 }
 
 // Calls f with the Tag of `dtype`, if it packs exactly; returns whether it does.
 template <class F>
-inline bool with_packed_type(DType dtype, const F& f) {
+inline bool with_prepacked_type(DType dtype, const F& f) {
   if (dtype == DType::kFloat32) {
     f(Tag<float>{});
     return true;
   }
-  if constexpr (kPacksExactly<BFloat16>) {
+  if constexpr (kPrepacksExactly<BFloat16>) {
     if (dtype == DType::kBFloat16) {
       f(Tag<BFloat16>{});
       return true;
@@ -153,21 +153,23 @@ inline bool with_packed_type(DType dtype, const F& f) {
   return false;
 }
 
-inline std::size_t packed_weight_bytes(DType dtype, std::int64_t out_features, std::int64_t in_features) {
+inline std::size_t prepacked_weight_bytes(DType dtype, std::int64_t out_features, std::int64_t in_features) {
   std::size_t bytes = 0;
-  with_packed_type(dtype, [&](auto tag) {
+  with_prepacked_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     bytes = static_cast<std::size_t>(panels_of(out_features) * panel_words<T>(in_features)) * sizeof(float);
   });
   return bytes;
 }
 
-inline void pack_weight(const PackWeight& a, ParallelFor parallel_for) {
-  with_packed_type(a.weight.dtype, [&](auto tag) { pack_weight_as<typename decltype(tag)::Type>(a, parallel_for); });
+inline void prepack_weight(const PrepackWeight& a, ParallelFor parallel_for) {
+  with_prepacked_type(a.weight.dtype,
+                      [&](auto tag) { prepack_weight_as<typename decltype(tag)::Type>(a, parallel_for); });
 }
 
-inline void packed_linear(const PackedLinear& a, ParallelFor parallel_for) {
-  with_packed_type(a.input.dtype, [&](auto tag) { packed_linear_with<typename decltype(tag)::Type>(a, parallel_for); });
+inline void prepacked_linear(const PrepackedLinear& a, ParallelFor parallel_for) {
+  with_prepacked_type(a.input.dtype,
+                      [&](auto tag) { prepacked_linear_with<typename decltype(tag)::Type>(a, parallel_for); });
 }
 
 }  // namespace

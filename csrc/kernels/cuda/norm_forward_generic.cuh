@@ -12,8 +12,8 @@ namespace resnorm::cuda {
 
 // Accumulates in Value. The seed of `a.dropout` is at `seed_address`.
 template <class Value>
-RESNORM_KERNEL(kAnyThreads, 1)
-norm_forward_any(const NormForward a, const std::int64_t* seed_address) {
+RESNORM_KERNEL(kGenericThreads, 1)
+norm_forward_generic(const NormForward a, const std::int64_t* seed_address) {
   const RowGroup<0, false> group{thread_index(), block_threads(), 1};
   Value* slot = reinterpret_cast<Value*>(shared_memory());
   const int slot_size = RowGroup<0, false>::slot_size(block_threads(), 1, 2);

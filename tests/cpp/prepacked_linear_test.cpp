@@ -9,18 +9,18 @@ namespace {
 
 using enum DType;
 
-class PackedLinearTest : public KernelTest {
+class PrepackedLinearTest : public KernelTest {
  protected:
   // Those that this instruction set packs.
   std::vector<DType> dtypes() const {
     std::vector<DType> packed;
     for (const DType dtype : {kFloat32, kFloat64, kBFloat16, kFloat16}) {
-      if (kernels().packed_weight_bytes(dtype, 1, 1) > 0) packed.push_back(dtype);
+      if (kernels().prepacked_weight_bytes(dtype, 1, 1) > 0) packed.push_back(dtype);
     }
     return packed;
   }
 };
-RESNORM_FOR_EVERY_ISA(PackedLinearTest);
+RESNORM_FOR_EVERY_ISA(PrepackedLinearTest);
 
 constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
 
@@ -40,17 +40,17 @@ struct Problem {
 
   void run(const KernelTable& kernels, ParallelFor parallel_for) {
     // As large as is said and no larger: the sanitizers see what is read or written behind it.
-    packed = Bytes(kernels.packed_weight_bytes(weight.dtype(), weight.rows(), weight.cols()), 0xFF);
-    kernels.pack_weight({weight.rows(), weight.cols(), weight.const_operand(), packed.data()}, parallel_for);
-    kernels.packed_linear({.rows = input.rows(),
-                           .cols = input.cols(),
-                           .out_features = weight.rows(),
-                           .input = input.const_operand(),
-                           .packed = packed.data(),
-                           .bias = bias.const_vector(),
-                           .activation = activation,
-                           .output = output.operand()},
-                          parallel_for);
+    packed = Bytes(kernels.prepacked_weight_bytes(weight.dtype(), weight.rows(), weight.cols()), 0xFF);
+    kernels.prepack_weight({weight.rows(), weight.cols(), weight.const_operand(), packed.data()}, parallel_for);
+    kernels.prepacked_linear({.rows = input.rows(),
+                              .cols = input.cols(),
+                              .out_features = weight.rows(),
+                              .input = input.const_operand(),
+                              .packed = packed.data(),
+                              .bias = bias.const_vector(),
+                              .activation = activation,
+                              .output = output.operand()},
+                             parallel_for);
   }
 
   void expect_correct() const {
@@ -72,7 +72,7 @@ struct Problem {
   }
 };
 
-TEST_P(PackedLinearTest, MatchesReference) {
+TEST_P(PrepackedLinearTest, MatchesReference) {
   for (const DType dtype : dtypes()) {
     for (const std::int64_t rows : {1, 2, 3, 5, 7, 8, 9, 16, 63, 64, 65, 131}) {
       for (const Shape weights :
@@ -90,7 +90,7 @@ TEST_P(PackedLinearTest, MatchesReference) {
   }
 }
 
-TEST_P(PackedLinearTest, Activations) {
+TEST_P(PrepackedLinearTest, Activations) {
   for (const DType dtype : dtypes()) {
     for (const Activation activation : kActivations) {
       Problem problem(generator, dtype, 11, {50, 40}, {}, true, activation);
@@ -101,7 +101,7 @@ TEST_P(PackedLinearTest, Activations) {
 }
 
 // For outputs in bfloat16 activations take fewer steps: what that adds to the rounding of each is a fraction of it.
-TEST_P(PackedLinearTest, ErrorsOfBFloat16ActivationsOverEveryInput) {
+TEST_P(PrepackedLinearTest, ErrorsOfBFloat16ActivationsOverEveryInput) {
   if (GetParam() != "avx512_bf16") GTEST_SKIP() << "bfloat16 is not packed";
   constexpr double kHalfUlp = 0x1p-8;
   for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh}) {
@@ -124,7 +124,7 @@ TEST_P(PackedLinearTest, ErrorsOfBFloat16ActivationsOverEveryInput) {
   }
 }
 
-TEST_P(PackedLinearTest, LongSumsStayAccurate) {
+TEST_P(PrepackedLinearTest, LongSumsStayAccurate) {
   for (const DType dtype : dtypes()) {
     Problem problem(generator, dtype, 9, {50, 4097}, {}, true);
     problem.run(kernels(), serial);
@@ -133,7 +133,7 @@ TEST_P(PackedLinearTest, LongSumsStayAccurate) {
 }
 
 // What no thread and no other row of the batch changes.
-TEST_P(PackedLinearTest, ThreadsAndOtherRowsChangeNothing) {
+TEST_P(PrepackedLinearTest, ThreadsAndOtherRowsChangeNothing) {
   for (const DType dtype : dtypes()) {
     Problem alone(generator, dtype, 203, {400, 131}, {}, true, Activation::kGelu);
     Problem two = alone, five = alone;
@@ -150,7 +150,7 @@ TEST_P(PackedLinearTest, ThreadsAndOtherRowsChangeNothing) {
   }
 }
 
-TEST_P(PackedLinearTest, InfinityAndNanStayInTheirRow) {
+TEST_P(PrepackedLinearTest, InfinityAndNanStayInTheirRow) {
   for (const DType dtype : dtypes()) {
     Problem problem(generator, dtype, 10, {50, 33}, {}, true);
     problem.input.set(3, 32, std::numeric_limits<double>::infinity());
@@ -164,7 +164,7 @@ TEST_P(PackedLinearTest, InfinityAndNanStayInTheirRow) {
   }
 }
 
-TEST_P(PackedLinearTest, WhatIsPacked) {
+TEST_P(PrepackedLinearTest, WhatIsPacked) {
   const bool bfloat16 = GetParam() == "avx512_bf16";
   EXPECT_EQ(dtypes(), bfloat16 ? std::vector<DType>({kFloat32, kBFloat16}) : std::vector<DType>({kFloat32}));
 }

@@ -4,20 +4,21 @@
 
 #include "../linear.h"
 
-namespace resnorm::packed_linear {
+namespace resnorm::prepacked_linear {
 
 // Whether the kernels in use pack weights of `dtype`.
 bool supports(at::ScalarType dtype);
 
 // `weight`, (out_features, in_features), in the layout of the kernels in use: opaque, one-dimensional, of its dtype.
-Tensor pack_weight(const Tensor& weight);
+Tensor prepack_weight(const Tensor& weight);
 
-// activation(input weight^T + bias) into `output`; input and output are matrices, `output` contiguous, `weight` packed.
+// activation(input weight^T + bias) into `output`; input and output are matrices, `output` contiguous, `weight`
+// prepacked.
 void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
                 const Tensor& output);
 
-// As resnorm::linear; `weight` is packed.
+// As resnorm::linear; `weight` is prepacked.
 Tensor linear(const Tensor& input, const Tensor& weight, int64_t out_features, const OptionalTensor& bias,
               Activation activation);
 
-}  // namespace resnorm::packed_linear
+}  // namespace resnorm::prepacked_linear

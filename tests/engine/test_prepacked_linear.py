@@ -25,13 +25,13 @@ def packing():
     extension.set_linear_backend(torch.float32, IN, OUT, "aten")
 
 
-def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, out_features: int = OUT):
-    return extension.PreparedLinear(extension.packed_linear_pack_weight(weight), bias, "resnorm", out_features)
+def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None, out_features: int = OUT):
+    return extension.PreparedLinear(extension.prepack_weight(weight), bias, "resnorm", out_features)
 
 
 def test_a_row_is_the_same_in_every_batch():
     x, weight, bias, _ = operands(200)
-    linear = packed_linear(weight, bias)
+    linear = prepacked_linear(weight, bias)
     whole = linear(x, "gelu")
     for row in (0, 7, 64, 199):
         assert torch.equal(linear(x[row : row + 1], "gelu")[0], whole[row])
@@ -63,11 +63,11 @@ def test_strides(packing):
 
 
 def test_bfloat16_with_an_odd_number_of_features():
-    if not extension.packed_linear_supports(torch.bfloat16):
+    if not extension.prepacked_linear_supports(torch.bfloat16):
         pytest.skip("this CPU does not multiply bfloat16")
     x, weight, bias, _ = (tensor.bfloat16() for tensor in operands(9))
     x, weight = x[:, 1:], weight[:, 1:]
-    output = packed_linear(weight, bias)(x)
+    output = prepacked_linear(weight, bias)(x)
     expected = reference(x, weight, bias, "none", None)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2**-6)
 
@@ -84,24 +84,24 @@ def test_no_features(shape):
 )
 def test_a_bias_that_does_not_fit_is_refused(bias):
     x, weight, _, _ = operands(4)
-    linear = packed_linear(weight, bias)
+    linear = prepacked_linear(weight, bias)
     with pytest.raises(RuntimeError, match=r"Expected bias of shape .* but got bias of shape"):
         linear(x)
 
 
 def test_what_does_not_fit_is_refused():
     x, weight, bias, _ = operands(4)
-    linear = packed_linear(weight, bias)
+    linear = prepacked_linear(weight, bias)
     for call in (
         lambda: linear(x[:, 1:]),
-        lambda: packed_linear(weight, bias, 4 * OUT)(x),
+        lambda: prepacked_linear(weight, bias, 4 * OUT)(x),
         lambda: linear(x.bfloat16()),
         lambda: extension.PreparedLinear(weight, bias, "resnorm", OUT)(x),
     ):
-        with pytest.raises(RuntimeError, match="Expected a weight packed for"):
+        with pytest.raises(RuntimeError, match="Expected a weight prepacked for"):
             call()
     with pytest.raises(
         RuntimeError,
         match="Expected weights of at least one element of a dtype that these kernels pack, but got Half of shape",
     ):
-        extension.packed_linear_pack_weight(weight.half())
+        extension.prepack_weight(weight.half())
