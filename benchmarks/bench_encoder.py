@@ -37,7 +37,7 @@ ACCELERATED, STACK, PRODUCTS = "accelerated", "encoder stack, packed in and out"
 PARTS = {
     "linear layers": ("resnorm::linear", "resnorm::prepacked_linear", "mkldnn::", "aten::addmm", "aten::linear"),
     "attention": ("resnorm::packed_attention", "aten::_scaled_dot_product"),
-    "add + LayerNorm": ("resnorm::add_layer_norm", "resnorm::layer_norm"),
+    "add + LayerNorm": ("resnorm::_norm", "resnorm::add_layer_norm", "resnorm::layer_norm"),
 }
 OTHERS = "everything else"
 

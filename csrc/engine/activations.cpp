@@ -20,9 +20,9 @@ int64_t context_features(const LayerWeights& layer) { return layer.qkv.out_featu
 Activations::Activations(const Layers& layers, const Tensor& input, int64_t kept_rows)
     : rows_(input.size(0)), product_dtype_(layers.front()->qkv.weight.scalar_type()) {
   const auto dtype = input.scalar_type();
-  const auto dim = input.size(1), residual_bytes = bytes_of(dim, dtype);
+  const auto dim = input.size(1), state_bytes = bytes_of(dim, dtype);
   const bool mixed = dtype != product_dtype_;
-  kept_bytes_ = 2 * residual_bytes + (mixed ? bytes_of(dim, product_dtype_) : 0);
+  kept_bytes_ = 2 * state_bytes + (mixed ? bytes_of(dim, product_dtype_) : 0);
   int64_t widest = 0;
   for (const auto& layer : layers) {
     widest = std::max(
@@ -37,8 +37,8 @@ Activations::Activations(const Layers& layers, const Tensor& input, int64_t kept
     memory_ = static_cast<char*>(owned_.mutable_data_ptr());
   }
   for (int i = 0; i < 2; ++i) {
-    residual[i] = matrix(i * residual_bytes, dim, dtype);
-    update[i] = mixed ? matrix(2 * residual_bytes, dim, product_dtype_) : residual[i];
+    state[i] = matrix(i * state_bytes, dim, dtype);
+    update[i] = mixed ? matrix(2 * state_bytes, dim, product_dtype_) : state[i];
   }
 }
 

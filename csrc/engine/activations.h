@@ -23,9 +23,9 @@ class Activations {
   Tensor operand(const Tensor& x) const;
 
   Tensor qkv, context;
-  Tensor hidden;       // of the feed-forward, in the memory of the other two
-  Tensor residual[2];  // (rows, dim)
-  Tensor update[2];    // the same memory; where products have another dtype, one matrix of that for both
+  Tensor hidden;     // of the feed-forward, in the memory of the other two
+  Tensor state[2];   // (rows, dim)
+  Tensor update[2];  // the same memory; where products have another dtype, one matrix of that for both
 
  private:
   Tensor matrix(int64_t offset, int64_t cols, at::ScalarType dtype) const;
@@ -35,7 +35,7 @@ class Activations {
   at::ScalarType product_dtype_;
   Tensor owned_;
   char* memory_;
-  int64_t kept_bytes_;  // of residuals and updates
+  int64_t kept_bytes_;  // of states and updates
 };
 
 }  // namespace resnorm::engine

@@ -39,7 +39,7 @@ void add_layer_norm(const Tensor& input, const Tensor& residual, const Norm& nor
                      std::nullopt, std::nullopt, output, sum);
 }
 
-// Where products have a dtype of their own, the norms below are of the residual's: what comes first in a sum names it.
+// Where products have a dtype of their own, the norms below are of the states': what comes first in a sum names it.
 void run_post_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_t max_rows) {
   Activations memory(layers, chunk.tokens, max_rows);
   auto x = chunk.tokens;
@@ -47,11 +47,11 @@ void run_post_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_
     memory.fit(*layer);
     attend(layer->qkv.multiply(memory.operand(x), memory.qkv), chunk.cu_seqlens, *layer, causal, memory.context);
     auto update = layer->attention_output.multiply(memory.context, memory.update[0]);
-    const auto& attended = memory.residual[0];
+    const auto& attended = memory.state[0];
     add_layer_norm(x, update, layer->attention_norm, attended);
     const auto hidden = layer->intermediate.multiply(memory.operand(attended), memory.hidden, layer->activation);
     update = layer->output.multiply(hidden, memory.update[1]);
-    x = &layer == &layers.back() ? chunk.output : memory.residual[1];
+    x = &layer == &layers.back() ? chunk.output : memory.state[1];
     add_layer_norm(attended, update, layer->feed_forward_norm, x);
   }
 }
@@ -63,12 +63,12 @@ Tensor normalize(const Tensor& x, const Norm& norm, const Tensor& output) {
 
 void finish_pre_norm(const LayerWeights& layer, const Tensor& x, const Tensor& context, const Activations& memory,
                      const Tensor& output) {
-  // update[0] has the update, its norm and the next update, one after the other; the sum goes to residual[1].
+  // update[0] has the update, its norm and the next update, one after the other; the sum goes to state[1].
   auto update = layer.attention_output.multiply(context, memory.update[0]);
-  add_layer_norm(update, x, layer.feed_forward_norm, update, memory.residual[1]);
+  add_layer_norm(update, x, layer.feed_forward_norm, update, memory.state[1]);
   const auto hidden = layer.intermediate.multiply(update, memory.hidden, layer.activation);
   update = layer.output.multiply(hidden, memory.update[0]);
-  residual_add_out(update, memory.residual[1], std::nullopt, 0.0, std::nullopt, std::nullopt, output);
+  residual_add_out(update, memory.state[1], std::nullopt, 0.0, std::nullopt, std::nullopt, output);
 }
 
 }  // namespace
@@ -86,7 +86,7 @@ Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std
   return in_chunks(tokens, cu_seqlens, max_rows, uses_onednn(layers), [&](const Chunk& chunk) {
     Activations memory(layers, chunk.tokens, max_rows);
     memory.fit(*layer);
-    const auto normed = memory.operand(normalize(chunk.tokens, layer->attention_norm, memory.residual[0]));
+    const auto normed = memory.operand(normalize(chunk.tokens, layer->attention_norm, memory.state[0]));
     const auto qkv = layer->qkv.multiply(normed, memory.qkv);
     attend(qkv, chunk.cu_seqlens, *layer, causal, memory.context);
     finish_pre_norm(*layer, chunk.tokens, memory.context, memory, chunk.output);
@@ -100,7 +100,7 @@ Tensor run_pre_norm(const Tensor& x, const std::shared_ptr<const LayerWeights>& 
   auto output = at::empty(x.sizes(), x.options());
   const auto qkv = [&] {
     const Activations memory(layers, x, max_rows);
-    return layer->qkv(memory.operand(normalize(x, layer->attention_norm, memory.residual[0])), "none");
+    return layer->qkv(memory.operand(normalize(x, layer->attention_norm, memory.state[0])), "none");
   }();
   const auto context = attend(split_heads(qkv, *layer));
   Activations memory(layers, x, max_rows);

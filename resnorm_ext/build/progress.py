@@ -19,7 +19,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
-        say(f"compiling the C++ extension, once, about 3 minutes on 2 cores and less on more: {self._what}")
+        say(f"compiling the C++ extension, once, about 2 minutes on 2 cores and less on more: {self._what}")
         self._start = self._said = time.monotonic()
         return self
 

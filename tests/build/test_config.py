@@ -51,6 +51,16 @@ def test_a_build_for_one_instruction_set_has_no_other():
 
 
 @pytest.mark.parametrize(
+    ("isas", "base"),
+    [(("scalar", "avx512_bf16"), None), (("scalar", "avx512", "avx512_bf16"), "avx512"), (ISAS, "avx512")],
+)
+def test_a_set_that_extends_one_that_is_built_leaves_the_rest_to_it(isas, base):
+    expected = {(isa, f"-DRESNORM_BASE={base}") for isa in isas if isa == "avx512_bf16" and base}
+    units = config.kernel_units(isas)
+    assert {(unit.isa, flag) for unit in units for flag in unit.flags if "RESNORM_BASE" in flag} == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "best"),
     [
         ("sse2 avx", ("scalar",)),

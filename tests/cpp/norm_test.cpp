@@ -31,6 +31,8 @@ const std::vector<NormTypes> kResidualTypes = {
     {kBFloat16, kBFloat16, kFloat32, kBFloat16},
     {kFloat32, kBFloat16, kFloat32, kFloat32},
     {kFloat32, kFloat64, kFloat64, kFloat32},
+    {kFloat16, kFloat64, kFloat64, kFloat16},
+    {kBFloat16, kBFloat16, kFloat64, kBFloat16},
     {kFloat16, kBFloat16, kFloat32, kFloat64},
     {kFloat32, kFloat64, kFloat32, kFloat32},
     {kFloat64, kFloat32, kBFloat16, kFloat64},

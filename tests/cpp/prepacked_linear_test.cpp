@@ -13,11 +13,11 @@ class PrepackedLinearTest : public KernelTest {
  protected:
   // Those that this instruction set packs.
   std::vector<DType> dtypes() const {
-    std::vector<DType> packed;
+    std::vector<DType> prepacked;
     for (const DType dtype : {kFloat32, kFloat64, kBFloat16, kFloat16}) {
-      if (kernels().prepacked_weight_bytes(dtype, 1, 1) > 0) packed.push_back(dtype);
+      if (kernels().prepacked_weight_bytes(dtype, 1, 1) > 0) prepacked.push_back(dtype);
     }
-    return packed;
+    return prepacked;
   }
 };
 RESNORM_FOR_EVERY_ISA(PrepackedLinearTest);
@@ -27,7 +27,7 @@ constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Act
 struct Problem {
   Activation activation;
   Matrix input, weight, bias, output;
-  Bytes packed;
+  Bytes prepacked;
 
   Problem(std::mt19937_64& generator, DType dtype, std::int64_t rows, Shape weights, Layout layout, bool with_bias,
           Activation activation = Activation::kNone)
@@ -40,13 +40,13 @@ struct Problem {
 
   void run(const KernelTable& kernels, ParallelFor parallel_for) {
     // As large as is said and no larger: the sanitizers see what is read or written behind it.
-    packed = Bytes(kernels.prepacked_weight_bytes(weight.dtype(), weight.rows(), weight.cols()), 0xFF);
-    kernels.prepack_weight({weight.rows(), weight.cols(), weight.const_operand(), packed.data()}, parallel_for);
+    prepacked = Bytes(kernels.prepacked_weight_bytes(weight.dtype(), weight.rows(), weight.cols()), 0xFF);
+    kernels.prepack_weight({weight.rows(), weight.cols(), weight.const_operand(), prepacked.data()}, parallel_for);
     kernels.prepacked_linear({.rows = input.rows(),
                               .cols = input.cols(),
                               .out_features = weight.rows(),
                               .input = input.const_operand(),
-                              .packed = packed.data(),
+                              .prepacked = prepacked.data(),
                               .bias = bias.const_vector(),
                               .activation = activation,
                               .output = output.operand()},
@@ -102,7 +102,7 @@ TEST_P(PrepackedLinearTest, Activations) {
 
 // For outputs in bfloat16 activations take fewer steps: what that adds to the rounding of each is a fraction of it.
 TEST_P(PrepackedLinearTest, ErrorsOfBFloat16ActivationsOverEveryInput) {
-  if (GetParam() != "avx512_bf16") GTEST_SKIP() << "bfloat16 is not packed";
+  if (GetParam() != "avx512_bf16") GTEST_SKIP() << "bfloat16 is not prepacked";
   constexpr double kHalfUlp = 0x1p-8;
   for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh}) {
     SCOPED_TRACE(name_of(activation));

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, add_rms_norm, bias_activation, layer_norm, residual_add
 
 from .cases import DTYPES, HALVES, SEED
 
@@ -103,3 +103,14 @@ def test_float64_is_accumulated_in_float64_wherever_it_comes_in():
         result = add_layer_norm(x, residual, (64,), prenorm=prenorm)
         y = result[0] if prenorm else result
         assert (y.double() - expected).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("residual", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [add_layer_norm, add_rms_norm])
+def test_a_sum_that_is_not_stored_has_its_dtype_all_the_same(norm, dtype, residual):
+    x, r = torch.randn(5, 64).to(dtype), (torch.randn(5, 64, dtype=torch.float64) + 1e4).to(residual)
+    expected, sums = norm(x, r, (64,), prenorm=True, residual_dtype=torch.float64)
+    assert sums.dtype == torch.float64
+    assert torch.equal(norm(x, r, (64,), residual_dtype=torch.float64), expected)
+    assert torch.equal(norm(x, r, (64,), residual_dtype=torch.float64, out=torch.empty_like(x)), expected)

@@ -212,7 +212,8 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
                                                                                 operands.dropout, sums);
         };
         if constexpr (count == 1) {
-          // Single rows are few: one loop does everything, of which what is absent is read as zeros or goes nowhere.
+          // Single rows are few, or rare where they are doubles: one loop does everything, and what is absent of it is
+          // read as zeros or goes nowhere.
           apply(Index<1>{}, Index<1>{}, Index<0>{});
         } else {
           with_flag(has_grad_sum, [&](auto kHasGradSum) RESNORM_INLINE_LAMBDA {

@@ -62,7 +62,7 @@ void add_norm_rows(const NormForward& a, std::int64_t begin, std::int64_t end) {
   const Acc* bias = kCentered ? vector_or(a.bias, Acc(0), a.cols, buffers) : nullptr;
   const auto apart = [&](const Rows& result) { return result.data != a.input.data && result.data != a.residual.data; };
   const int matrices = a.sum.data == nullptr ? 3 : 4;
-  const bool sum_bypasses = apart(a.sum) && rounded.may_bypass_caches(a.rows, matrices);
+  const bool sum_bypasses = !kSame<Acc, double> && apart(a.sum) && rounded.may_bypass_caches(a.rows, matrices);
   // A sum that is stored unrounded, and not past the caches, is read again where it lies.
   const bool in_place = kSame<Sum, Acc> && a.sum.data != nullptr && !sum_bypasses;
   const bool writes_sum = a.sum.data != nullptr && !in_place;
@@ -132,12 +132,11 @@ NormRange norm_range(const NormForward& a) {
   return range;
 }
 
-// The same beside a residual.
+// The same beside a residual. A sum that is not stored has its dtype all the same.
 template <bool kCentered>
 NormRange add_norm_range(const NormForward& a) {
   NormRange range = nullptr;
   if constexpr (kHasLoops<float>) {
-    // A sum that is not stored has its dtype all the same.
     const bool float64 = a.sum.dtype == DType::kFloat64 || a.output.dtype == DType::kFloat64;
     range = float64 ? add_norm_rows<kCentered, double, double, double, double>
                     : add_norm_rows<kCentered, float, float, float, float>;
@@ -146,8 +145,9 @@ NormRange add_norm_range(const NormForward& a) {
     using Half = typename decltype(tag)::Type;
     if (!all_are<Half>(a.input, a.output)) return;
     // Beside a sum in float32 a residual in a half type, as a model's first may be, is converted.
-    if (all_are<float>(a.sum)) range = add_norm_rows<kCentered, Half, float, float, Half>;
-    if (all_are<Half>(a.residual, a.sum)) range = add_norm_rows<kCentered, Half, Half, Half, Half>;
+    if (a.sum.dtype == DType::kFloat32) range = add_norm_rows<kCentered, Half, float, float, Half>;
+    if (a.sum.dtype == kDType<Half> && all_are<Half>(a.residual))
+      range = add_norm_rows<kCentered, Half, Half, Half, Half>;
   });
   return range;
 }

@@ -153,12 +153,12 @@ void attend_range(const PackedAttention& a, std::int64_t begin, std::int64_t end
 inline void packed_attention(const PackedAttention& a, ParallelFor parallel_for) {
   // Multiply-adds, fewer than which a second thread is not worth starting for; and how many a unit of cost is about.
   constexpr std::int64_t kGrain = 2 * 1024 * 1024, kUnit = kGroupRows * kGroupRows;
-  void (*range)(const PackedAttention&, std::int64_t begin, std::int64_t end) = nullptr;
-  visit(a.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    if constexpr (kExtends ? kSame<T, BFloat16> : !kSame<T, double>) range = attend_range<T>;
-  });
-  if (range == nullptr) return base::attention_kernels.packed_attention(a, parallel_for);
+  if (kExtends && a.dtype != DType::kBFloat16) return base::attention_kernels.packed_attention(a, parallel_for);
+  auto* range = attend_range<BFloat16>;
+  if constexpr (!kExtends) {
+    if (a.dtype == DType::kFloat32) range = attend_range<float>;
+    if (a.dtype == DType::kFloat16) range = attend_range<Float16>;
+  }
   parallel(parallel_for, total_cost(a), kGrain / (kUnit * a.head_dim) + 1,
            [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }

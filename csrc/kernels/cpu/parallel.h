@@ -38,7 +38,8 @@ RESNORM_INLINE void for_each_group(std::int64_t begin, std::int64_t end, const B
   for (; begin < end; ++begin) body(begin, Index<1>{});
 }
 
-// body(Index<bypass>). Single rows, which are few, are not worth a loop of non-temporal stores.
+// body(Index<bypass>). Single rows, which are few, or rare where they are doubles, are not worth a loop of non-temporal
+// stores.
 template <int kRows, class Body>
 RESNORM_INLINE void with_non_temporal(bool bypass, const Body& body) {
   if constexpr (kRows == 1) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "loops.h"
 #include "parallel.h"
 #include "product_words.h"
 #include "row_buffer.h"
@@ -140,9 +141,11 @@ void prepacked_linear_with(const PrepackedLinear& a, ParallelFor parallel_for) {
 // Calls f with the Tag of `dtype`, if it packs exactly; returns whether it does.
 template <class F>
 inline bool with_prepacked_type(DType dtype, const F& f) {
-  if (dtype == DType::kFloat32) {
-    f(Tag<float>{});
-    return true;
+  if constexpr (kHasLoops<float>) {
+    if (dtype == DType::kFloat32) {
+      f(Tag<float>{});
+      return true;
+    }
   }
   if constexpr (kPrepacksExactly<BFloat16>) {
     if (dtype == DType::kBFloat16) {
@@ -153,7 +156,11 @@ inline bool with_prepacked_type(DType dtype, const F& f) {
   return false;
 }
 
+// Whether the kernels for `dtype` are those of the set that this one extends.
+constexpr bool is_the_bases(DType dtype) { return kExtends && dtype != DType::kBFloat16; }
+
 inline std::size_t prepacked_weight_bytes(DType dtype, std::int64_t out_features, std::int64_t in_features) {
+  if (is_the_bases(dtype)) return base::linear_kernels.prepacked_weight_bytes(dtype, out_features, in_features);
   std::size_t bytes = 0;
   with_prepacked_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
@@ -163,11 +170,13 @@ inline std::size_t prepacked_weight_bytes(DType dtype, std::int64_t out_features
 }
 
 inline void prepack_weight(const PrepackWeight& a, ParallelFor parallel_for) {
+  if (is_the_bases(a.weight.dtype)) return base::linear_kernels.prepack_weight(a, parallel_for);
   with_prepacked_type(a.weight.dtype,
                       [&](auto tag) { prepack_weight_as<typename decltype(tag)::Type>(a, parallel_for); });
 }
 
 inline void prepacked_linear(const PrepackedLinear& a, ParallelFor parallel_for) {
+  if (is_the_bases(a.input.dtype)) return base::linear_kernels.prepacked_linear(a, parallel_for);
   with_prepacked_type(a.input.dtype,
                       [&](auto tag) { prepacked_linear_with<typename decltype(tag)::Type>(a, parallel_for); });
 }

@@ -51,7 +51,7 @@ class ResidualSumRows {
   }
 
   // f(ResidualSums) for kRows rows from the first on. Beside the draws, adding a bias of zeros costs nothing worth a
-  // loop of its own; nor does it for single rows, which are few.
+  // loop of its own.
   template <int kRows, class F>
   RESNORM_INLINE void with_rows(std::int64_t first, const F& f) const {
     if (dropout_.threshold > 0) return f(sums<kRows, true, true>(first));

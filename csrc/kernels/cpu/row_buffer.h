@@ -61,14 +61,15 @@ inline const Acc* vector_or(const ConstVector& vector, Acc absent, std::int64_t 
   return row;
 }
 
-// Reads rows of a matrix as T, up to `slots` of them at a time; rows of an absent matrix are zeros.
+// Reads rows of a matrix as T, up to `slots` of them at a time; rows of an absent matrix are -0, which added changes no
+// bit.
 template <class T>
 class RowReader {
  public:
   RowReader(const ConstRows& rows, std::int64_t cols, RowBuffers& buffers, int slots = 1) : rows_(rows), cols_(cols) {
     if (rows.data != nullptr && rows.dtype == kDType<T>) return;
     buffer_ = buffers.take<T>(cols * (rows.data == nullptr ? 1 : slots));
-    if (rows.data == nullptr) fill(buffer_, cols, Accumulation<T>(0));
+    if (rows.data == nullptr) fill(buffer_, cols, -Accumulation<T>(0));
   }
 
   RESNORM_INLINE const T* row(std::int64_t row, int slot = 0) const {

@@ -14,7 +14,7 @@ namespace resnorm::cuda {
 template <int kVector, int kItems>
 RESNORM_DEVICE void store_column_sums(const float (&sums)[kItems][kVector], float* exchange, int row_threads,
                                       std::int64_t first_column, std::int64_t cols, float* partials) {
-  const int pitch = meeting_pitch(row_threads, kVector), size = exchange_size(row_threads, kVector);
+  const int pitch = exchange_pitch(row_threads, kVector), size = exchange_size(row_threads, kVector);
   const int groups = block_threads() / row_threads;
   const int group = thread_index() / row_threads, thread = thread_index() % row_threads;
 #pragma unroll

@@ -18,10 +18,10 @@ RESNORM_DEVICE Value load_element(const void* from, DType dtype, std::int64_t in
     case DType::kFloat32:
       return static_cast<Value>(static_cast<const float*>(from)[index]);
     case DType::kBFloat16:
-      WordsOf<__nv_bfloat16>::unpack(load_kept<Words<2>>(static_cast<const __nv_bfloat16*>(from) + index), value);
+      ElementWords<__nv_bfloat16>::unpack(load_kept<Words<2>>(static_cast<const __nv_bfloat16*>(from) + index), value);
       return value[0];
     default:
-      WordsOf<__half>::unpack(load_kept<Words<2>>(static_cast<const __half*>(from) + index), value);
+      ElementWords<__half>::unpack(load_kept<Words<2>>(static_cast<const __half*>(from) + index), value);
       return value[0];
   }
 }
@@ -37,10 +37,10 @@ RESNORM_DEVICE void store_element(void* to, DType dtype, std::int64_t index, Val
       static_cast<float*>(to)[index] = rounded[0];
       break;
     case DType::kBFloat16:
-      store(static_cast<__nv_bfloat16*>(to) + index, WordsOf<__nv_bfloat16>::pack(rounded));
+      store(static_cast<__nv_bfloat16*>(to) + index, ElementWords<__nv_bfloat16>::pack(rounded));
       break;
     default:
-      store(static_cast<__half*>(to) + index, WordsOf<__half>::pack(rounded));
+      store(static_cast<__half*>(to) + index, ElementWords<__half>::pack(rounded));
   }
 }
 

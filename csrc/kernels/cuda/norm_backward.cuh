@@ -78,7 +78,7 @@ class StagedRow {
 #pragma unroll
       for (int i = 0; i < 4; ++i) words.word[4 * quad + i] = loaded.word[i];
     }
-    WordsOf<T>::template unpack<kVector>(words, values);
+    ElementWords<T>::template unpack<kVector>(words, values);
   }
 
  private:

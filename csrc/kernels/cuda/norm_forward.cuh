@@ -82,7 +82,7 @@ norm_forward(const NormForwardArguments a) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = base + i * step;
-    WordsOf<Input>::template unpack<kVector>(input_words[i], x[i]);
+    ElementWords<Input>::template unpack<kVector>(input_words[i], x[i]);
     if constexpr (kAdds) {
       if (a.input_bias != nullptr && is_inside(i)) {
         float bias[kVector];
@@ -94,7 +94,7 @@ norm_forward(const NormForwardArguments a) {
         apply_dropout<!kShifted>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
       }
       float addend[kVector];
-      WordsOf<Residual>::template unpack<kVector>(residual_words[i], addend);
+      ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) x[i][k] += addend[k];
       if (a.sum != nullptr && is_inside(i)) {

@@ -119,9 +119,9 @@ constexpr int max_shared_bytes(int architecture) {
 
 // Floats that a group of threads needs where the groups' sums of the columns meet, one vector a thread at a time. The
 // pitch keeps a warp that goes through columns, and one that goes through threads, from hitting a bank twice.
-RESNORM_HOST_DEVICE constexpr int meeting_pitch(int row_threads, int vector) { return row_threads + 32 / vector; }
+RESNORM_HOST_DEVICE constexpr int exchange_pitch(int row_threads, int vector) { return row_threads + 32 / vector; }
 RESNORM_HOST_DEVICE constexpr int exchange_size(int row_threads, int vector) {
-  return meeting_pitch(row_threads, vector) * vector;
+  return exchange_pitch(row_threads, vector) * vector;
 }
 
 // Bytes of shared memory for the rows of one stage, and for all stages or the exchange, whichever is larger.

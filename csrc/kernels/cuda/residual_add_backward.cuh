@@ -55,7 +55,7 @@ residual_add_backward(const ResidualAddBackwardArguments a) {
       const std::int64_t column = base + i * step;
       if (column >= a.cols) continue;
       float result[kVector];
-      WordsOf<Gradient>::template unpack<kVector>(words[i], result);
+      ElementWords<Gradient>::template unpack<kVector>(words[i], result);
       if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
       if (a.grad_input != nullptr) {
         auto* to = static_cast<Result*>(a.grad_input) + row * a.grad_input_stride;

@@ -52,8 +52,8 @@ residual_add_forward(const ResidualAddArguments a) {
     const std::int64_t column = base + i * step;
     if (column >= a.cols) continue;
     float x[kVector], addend[kVector];
-    WordsOf<Branch>::template unpack<kVector>(input_words[i], x);
-    WordsOf<Residual>::template unpack<kVector>(residual_words[i], addend);
+    ElementWords<Branch>::template unpack<kVector>(input_words[i], x);
+    ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
     if (a.input_bias != nullptr) {
       float bias[kVector];
       load_parameter<Branch, kVector, kShifted>(a.input_bias, a.float32_parameters, column, a.cols, bias);

@@ -34,7 +34,7 @@ RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, Column colum
 
 template <class T, int kVector, bool kShifted, class Column>
 RESNORM_DEVICE void store_vector(T* row, Column column, Column cols, const float (&values)[kVector]) {
-  const auto vector = WordsOf<T>::template pack<kVector>(values);
+  const auto vector = ElementWords<T>::template pack<kVector>(values);
   if constexpr (kShifted) {
     if (column < 0 || column + kVector > cols) {
 #pragma unroll
@@ -60,13 +60,13 @@ RESNORM_DEVICE void load_parameter(const void* parameter, bool is_float32, Colum
                                    float (&values)[kVector]) {
   const auto load = [&]<class P>(const P* from) {
     if constexpr (!kShifted) {
-      WordsOf<P>::template unpack<kVector>(load_kept<Words<kVector * sizeof(P)>>(from + column), values);
+      ElementWords<P>::template unpack<kVector>(load_kept<Words<kVector * sizeof(P)>>(from + column), values);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         float value[1] = {0.0F};
         if (column + i >= 0 && column + i < cols) {
-          WordsOf<P>::template unpack<1>(load_kept<Words<sizeof(P)>>(from + column + i), value);
+          ElementWords<P>::template unpack<1>(load_kept<Words<sizeof(P)>>(from + column + i), value);
         }
         values[i] = value[0];
       }

@@ -29,10 +29,10 @@ RESNORM_DEVICE Words<kBytes> zero_words() {
 
 // Words<kCount * sizeof(T)> from and to kCount float32 values.
 template <class T>
-struct WordsOf;
+struct ElementWords;
 
 template <>
-struct WordsOf<float> {
+struct ElementWords<float> {
   template <int kCount>
   static RESNORM_DEVICE void unpack(const Words<kCount * 4>& words, float (&values)[kCount]) {
 #pragma unroll
@@ -48,7 +48,7 @@ struct WordsOf<float> {
 };
 
 template <>
-struct WordsOf<__nv_bfloat16> {
+struct ElementWords<__nv_bfloat16> {
   template <int kCount>
   static RESNORM_DEVICE void unpack(const Words<kCount * 2>& words, float (&values)[kCount]) {
     if constexpr (kCount == 1) {
@@ -79,7 +79,7 @@ struct WordsOf<__nv_bfloat16> {
 };
 
 template <>
-struct WordsOf<__half> {
+struct ElementWords<__half> {
   template <int kCount>
   static RESNORM_DEVICE void unpack(const Words<kCount * 2>& words, float (&values)[kCount]) {
     if constexpr (kCount == 1) {

@@ -48,7 +48,7 @@ class VectorView {
   at::Tensor tensor_;
 };
 
-// A freshly allocated result; one that was not asked for (unused_result) is an absent operand.
+// A freshly allocated result; one that was not asked for is an absent operand.
 Rows result_rows(const at::Tensor& result, int64_t row_dims, bool wanted);
 Vector result_vector(const at::Tensor& result, bool wanted);
 

@@ -13,7 +13,7 @@ using namespace cpu::testing;
 class ColumnSumsTest : public EmulatedTest {};
 RESNORM_FOR_SCHEDULES(ColumnSumsTest, kSchedules);
 
-TEST_P(ColumnSumsTest, AddsEveryPart) {
+TEST_P(ColumnSumsTest, AddsEverySubset) {
   for (const DType partial : {kF32, kF64}) {
     for (const int row_subsets : {1, 15, 16, 17, 33, 132}) {
       for (const std::int64_t cols : {1, 32, 70}) {

@@ -49,13 +49,13 @@ cudaError_t run(NormForwardProblem& problem, Place place, const Device& device) 
 }
 
 // `workspace` has a row for each of the last subsets.
-cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, std::int64_t first_part,
+cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, std::int64_t first_subset,
                 const Device& device) {
   const auto far = [&](Matrix& near) { return FarRows(near, place.first_row * place.row_stride, place.row_stride); };
   FarRows grad_output = far(problem.grad_output), grad_sum = far(problem.grad_sum), sum = far(problem.sum);
   FarRows grad_input = far(problem.grad_input), grad_residual = far(problem.grad_residual);
   FarRows mean(problem.mean, place.first_row, 0), rstd(problem.rstd, place.first_row, 0);
-  FarRows partials(workspace, first_part * workspace.cols(), workspace.cols());
+  FarRows partials(workspace, first_subset * workspace.cols(), workspace.cols());
   NormBackward arguments = problem.arguments();
   arguments.rows += place.first_row;
   arguments.grad_output = {grad_output.data(), place.row_stride, problem.grad_output.dtype()};

@@ -108,7 +108,7 @@ struct Problem {
     far_output.copy_back();
   }
 
-  // Without the columns' sums, of which blocks that do not run would have their subset.
+  // Without the columns' sums, to which blocks that do not run would contribute.
   void backward_far(std::int64_t first_row, std::int64_t row_stride) {
     FarRows far_grad_output(grad_output, first_row * row_stride, row_stride);
     FarRows far_grad_input(grad_input, first_row * row_stride, row_stride);
