@@ -25,7 +25,7 @@ import resnorm_ext
 from resnorm_ext.demo.command import bundled_model
 from resnorm_ext.demo.encode import tokenize
 from resnorm_ext.demo.texts import standard_library_texts
-from resnorm_ext.engine.encode import MAX_ROWS, encode_post_norm
+from resnorm_ext.engine.encode import MAX_ROWS, encode
 from resnorm_ext.engine.packing import pack, packing_of
 from resnorm_ext.integrations.bert import CLASSES
 from resnorm_ext.integrations.prepared import prepared_layers
@@ -83,7 +83,7 @@ def contenders(original: nn.Module, accelerated: nn.Module) -> dict[str, Callabl
     def stack(batch) -> Callable[[], Tensor]:
         packing = packing_of(batch["attention_mask"].bool())
         tokens = pack(original.embeddings(batch["input_ids"], batch["token_type_ids"]), packing)
-        return lambda: encode_post_norm(tokens, packing.cu_seqlens, layers)
+        return lambda: encode(tokens, packing.cu_seqlens, layers)
 
     return {
         "Hugging Face": lambda batch: lambda: original(**batch),

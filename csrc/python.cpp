@@ -15,9 +15,6 @@
 #include "module_state.h"
 #include "ops/bias_activation.h"
 #include "ops/cpu/cpu_kernels.h"
-#include "ops/cpu/linear_backend.h"
-#include "ops/cpu/onednn_linear.h"
-#include "ops/cpu/prepacked_linear.h"
 #include "ops/cpu/weight_fingerprint.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
@@ -45,10 +42,6 @@ py::dict build_info() {
   return info;
 }
 
-std::string linear_backend_name(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
-  return name_of(linear_backend(dtype, in_features, out_features));
-}
-
 py::dict kernel_plan_for_python(const std::string& pass, int64_t cols, at::ScalarType dtype,
                                 std::optional<at::ScalarType> residual_dtype, bool dropout, bool aligned,
                                 int architecture) {
@@ -66,11 +59,6 @@ py::dict kernel_plan_for_python(const std::string& pass, int64_t cols, at::Scala
 }
 
 std::string cpu_isa() { return cpu_kernels().isa; }
-
-void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64_t out_features,
-                                const std::string& name) {
-  set_linear_backend(dtype, in_features, out_features, parse_linear_backend(name));
-}
 
 }  // namespace
 }  // namespace resnorm
@@ -97,13 +85,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bias_activation_out", torch::wrap_pybind_function_no_gil(resnorm::bias_activation_out));
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
   m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
-  m.def("onednn_supports", torch::wrap_pybind_function(resnorm::onednn::supports));
-  m.def("onednn_prepack_weight", torch::wrap_pybind_function_no_gil(resnorm::onednn::prepack_weight));
-  m.def("prepacked_linear_supports", torch::wrap_pybind_function(resnorm::prepacked_linear::supports));
-  m.def("prepack_weight", torch::wrap_pybind_function_no_gil(resnorm::prepacked_linear::prepack_weight));
-  m.def("linear_backend", torch::wrap_pybind_function(resnorm::linear_backend_name));
-  m.def("set_linear_backend", torch::wrap_pybind_function(resnorm::set_linear_backend_by_name));
-  m.def("linear_backend_override", torch::wrap_pybind_function(resnorm::linear_backend_override));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
   resnorm::engine::bind(m);
   m.def("module_state", resnorm::module_state);

@@ -50,9 +50,7 @@ def kernels() -> dict[str, object]:
     if _find() is None:
         return {"in_use": None}
     module = extensions.load_extension()
-    from .engine.linear import available_backends  # which needs the extension
-
-    backends = available_backends(torch.float32)
+    backends = module.linear_backends(torch.float32)
     return {
         "cpu_isas": module.supported_cpu_isas(),
         "in_use": module.cpu_isa(),

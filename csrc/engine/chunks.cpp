@@ -7,7 +7,6 @@
 
 #include <algorithm>
 
-#include "../ops/cpu/onednn_linear.h"
 #include "../ops/packed_attention_composite.h"
 
 namespace resnorm::engine {
@@ -29,8 +28,8 @@ Tensor bounds_between(const int32_t* first, const int32_t* last, int64_t rows) {
 
 }  // namespace
 
-Tensor in_chunks(const Tensor& tokens, const Tensor& cu_seqlens, int64_t max_rows, bool pad_for_onednn,
-                 const std::function<void(const Chunk&)>& run) {
+Tensor in_chunks(const Tensor& tokens, const Tensor& cu_seqlens, int64_t max_rows,
+                 const std::function<int64_t(int64_t)>& padded_rows, const std::function<void(const Chunk&)>& run) {
   check_cu_seqlens(cu_seqlens);
   const auto bounds = composite::bounds_of(cu_seqlens, tokens.size(0), std::nullopt);
   auto output = at::empty_like(tokens, at::MemoryFormat::Contiguous);
@@ -39,7 +38,7 @@ Tensor in_chunks(const Tensor& tokens, const Tensor& cu_seqlens, int64_t max_row
   while (first < end) {
     const auto* last = std::upper_bound(first, end + 1, static_cast<int64_t>(*first) + max_rows) - 1;
     last = std::max(last, first + 1);
-    const int64_t rows = *last - *first, padded = pad_for_onednn ? onednn::padded_rows(rows) : rows;
+    const int64_t rows = *last - *first, padded = padded_rows(rows);
     auto x = tokens.narrow(0, *first, rows), y = output.narrow(0, *first, rows);
     if (padded == rows) {
       if (rows > 0) run({x, bounds_between(first, last, rows), y});

@@ -9,18 +9,15 @@
 
 namespace resnorm::engine {
 
-// The output of post-norm layers (Vaswani et al. 2017; BERT) for packed `tokens`, (tokens, dim), whose sequences'
-// bounds are `cu_seqlens`. Batches of more than `max_rows` tokens go through the layers in chunks (chunks.h).
-Tensor encode_post_norm(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool causal,
-                        int64_t max_rows);
-
-// The same of one pre-norm layer (Xiong et al. 2020; ViT).
-Tensor encode_pre_norm(const Tensor& tokens, const Tensor& cu_seqlens, const std::shared_ptr<const LayerWeights>& layer,
-                       bool causal, int64_t max_rows);
+// The output of layers for packed `tokens`, (tokens, dim), whose sequences' bounds are `cu_seqlens`: of post-norm
+// layers (Vaswani et al. 2017; BERT) or, with `norm_first`, pre-norm ones (Xiong et al. 2020; ViT). Batches of more
+// than `max_rows` tokens go through the layers in chunks (chunks.h).
+Tensor encode(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool norm_first, bool causal,
+              int64_t max_rows);
 
 // The output of a pre-norm layer whose attention is somebody else's: `attend` makes a context, (rows, ...), of queries,
 // keys and values, (rows, 3, heads, head_dim), which it may keep.
-Tensor run_pre_norm(const Tensor& x, const std::shared_ptr<const LayerWeights>& layer,
-                    const std::function<Tensor(const Tensor&)>& attend, int64_t max_rows);
+Tensor pre_norm_layer(const Tensor& x, const std::shared_ptr<const LayerWeights>& layer,
+                      const std::function<Tensor(const Tensor&)>& attend, int64_t max_rows);
 
 }  // namespace resnorm::engine

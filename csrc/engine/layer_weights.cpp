@@ -1,29 +1,47 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "layer_weights.h"
 
-#include "../ops/cpu/onednn_linear.h"
-#include "../ops/cpu/prepacked_linear.h"
-
 namespace resnorm::engine {
 
-Tensor PreparedLinear::operator()(const Tensor& input, c10::string_view activation) const {
-  switch (backend) {
-    case LinearBackend::kAten:
-      return linear(input, weight, bias, activation, std::nullopt);
-    case LinearBackend::kOneDnn:
-      return onednn::linear(input, weight, bias, parse_activation(activation), std::nullopt);
-    case LinearBackend::kResnorm:
-      return prepacked_linear::linear(input, weight, out_features, bias, parse_activation(activation));
-  }
-  TORCH_INTERNAL_ASSERT(false, "unknown backend");
+namespace {
+
+Tensor prepacked_weight(const Tensor& weight, const OptionalTensor& bias, const LinearBackend& backend) {
+  const auto dtype = weight.scalar_type();
+  TORCH_CHECK(weight.dim() == 2 && weight.is_cpu() && backend.supports(dtype),
+              "Expected a weight of shape (out_features, in_features) on the CPU, of a dtype that ", backend.name,
+              " multiplies, but got weight of shape ", weight.sizes(), " of ", dtype, " on ", weight.device());
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_cpu() &&
+                                    bias->scalar_type() == dtype),
+              "Expected bias of shape [", weight.size(0), "] of ", dtype, " on the CPU, but got bias of shape ",
+              bias->sizes(), " of ", bias->scalar_type(), " on ", bias->device());
+  return backend.prepack(weight);
 }
 
-Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, c10::string_view activation) const {
+}  // namespace
+
+PreparedLinear::PreparedLinear(const Tensor& weight, OptionalTensor bias, const LinearBackend& backend)
+    : weight(prepacked_weight(weight, bias, backend)),
+      bias(std::move(bias)),
+      backend(&backend),
+      in_features(weight.size(1)),
+      out_features(weight.size(0)) {}
+
+Tensor PreparedLinear::operator()(const Tensor& input, Activation activation) const {
+  check_input(input);
+  return engine::multiply(*backend, input, weight, bias, activation, out_features);
+}
+
+Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, Activation activation) const {
+  check_input(input);
   TORCH_CHECK(memory.size(1) == out_features, "Expected a linear layer of ", memory.size(1),
               " output features, but got one of ", out_features);
-  if (backend != LinearBackend::kResnorm) return (*this)(input, activation);
-  prepacked_linear::linear_out(input, weight, bias, parse_activation(activation), memory);
-  return memory;
+  return backend->multiply(input, weight, bias, activation, out_features, memory);
+}
+
+void PreparedLinear::check_input(const Tensor& input) const {
+  TORCH_CHECK(input.dim() > 0 && input.size(-1) == in_features && input.scalar_type() == weight.scalar_type(),
+              "Expected input of shape (*, ", in_features, ") of ", weight.scalar_type(),
+              ", as the weight is, but got input of shape ", input.sizes(), " of ", input.scalar_type());
 }
 
 }  // namespace resnorm::engine

@@ -2,32 +2,31 @@
 // What inference needs of a Transformer layer (Vaswani et al. 2017), however a library has built it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <memory>
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "../ops/cpu/linear_backend.h"
+#include "linear/backend.h"
 
 namespace resnorm::engine {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// A linear layer without grad. The weight may be prepacked, and then only its backend can read it.
+// A linear layer without grad.
 struct PreparedLinear {
-  Tensor weight;
+  // From a weight, (out_features, in_features), and a bias of its dtype; RuntimeError for any other.
+  PreparedLinear(const Tensor& weight, OptionalTensor bias, const LinearBackend& backend);
+
+  // activation(input weight^T + bias), (*, out_features).
+  Tensor operator()(const Tensor& input, Activation activation = Activation::kNone) const;
+
+  // The same of a matrix; a backend that writes where it is told writes to `memory`, (rows, out_features).
+  Tensor multiply(const Tensor& input, const Tensor& memory, Activation activation = Activation::kNone) const;
+
+  Tensor weight;  // as its backend reads it
   OptionalTensor bias;
-  LinearBackend backend;
-  int64_t out_features;
+  const LinearBackend* backend;
+  int64_t in_features, out_features;
 
-  // activation(input weight^T + bias), (*, out_features); `activation` by its name.
-  Tensor operator()(const Tensor& input, c10::string_view activation) const;
-
-  // The same of a matrix; the backend that writes where it is told writes to `memory`, (rows, out_features).
-  Tensor multiply(const Tensor& input, const Tensor& memory, c10::string_view activation = "none") const;
+ private:
+  void check_input(const Tensor& input) const;
 };
 
 // A layer norm over the last dimension.
@@ -45,7 +44,7 @@ struct LayerWeights {
   Norm attention_norm;  // follows the block's residual add in a post-norm layer, comes before the block in a pre-norm
                         // one
   PreparedLinear intermediate;
-  std::string activation;  // the feed-forward's
+  Activation activation;  // the feed-forward's
   PreparedLinear output;
   Norm feed_forward_norm;  // as attention_norm
 };

@@ -22,6 +22,23 @@ Tensor activate(Activation activation, const Tensor& input) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+void activate_in_place(Activation activation, Tensor& tensor) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kRelu:
+      at::relu_(tensor);
+      return;
+    case Activation::kGelu:
+      at::gelu_(tensor);
+      return;
+    case Activation::kGeluTanh:
+      at::gelu_(tensor, "tanh");
+      return;
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
 Tensor activate_backward(Activation activation, const Tensor& grad_output, const Tensor& input) {
   switch (activation) {
     case Activation::kNone:

@@ -3,7 +3,7 @@
 // that torch.ops.resnorm holds under the same name.
 //
 // With grad, under transforms and on devices other than the CPU it is torch's own operators, which differentiate
-// themselves. On the CPU without grad it is oneDNN or ATen, as linear_backend.h says.
+// themselves. On the CPU without grad it is oneDNN or ATen, as csrc/engine/linear/choice.h says.
 #pragma once
 
 #include "activation.h"

@@ -13,6 +13,20 @@ class NormsOn {
  public:
   static void implement(torch::Library& m) { implement_norms<forward, backward, out>(m); }
 
+  // Without the dispatcher; also for callers that know that no key of it has anything to do.
+  static void out(const NormCall& call, const Tensor& output, const OptionalTensor& sum) {
+    norm_out_meta(call, output, sum);
+    check_norm_overlap(call, output, sum);
+    if (output.numel() == 0) return;
+    const auto row_dims = static_cast<int64_t>(call.normalized_shape.size());
+    OutputRows output_rows(output, row_dims);
+    std::optional<OutputRows> sum_rows;
+    if (sum.has_value()) sum_rows.emplace(*sum, row_dims);
+    launch(call, output_rows.rows(), sum_rows.has_value() ? sum_rows->rows() : Rows{});
+    output_rows.commit();
+    if (sum_rows.has_value()) sum_rows->commit();
+  }
+
  private:
   static void launch(const NormCall& call, Rows output, Rows sum, const Tensor& mean = {}, const Tensor& rstd = {}) {
     Kernels kernels(norm_name(call.residual.has_value(), call.centered), call.input);
@@ -48,19 +62,6 @@ class NormsOn {
     launch(call, result_rows(results.output, row_dims, true), result_rows(results.sum, row_dims, results.sum.defined()),
            results.mean, results.rstd);
     return results;
-  }
-
-  static void out(const NormCall& call, const Tensor& output, const OptionalTensor& sum) {
-    norm_out_meta(call, output, sum);
-    check_norm_overlap(call, output, sum);
-    if (output.numel() == 0) return;
-    const auto row_dims = static_cast<int64_t>(call.normalized_shape.size());
-    OutputRows output_rows(output, row_dims);
-    std::optional<OutputRows> sum_rows;
-    if (sum.has_value()) sum_rows.emplace(*sum, row_dims);
-    launch(call, output_rows.rows(), sum_rows.has_value() ? sum_rows->rows() : Rows{});
-    output_rows.commit();
-    if (sum_rows.has_value()) sum_rows->commit();
   }
 
   static NormGradients backward(const NormBackwardCall& call) {

@@ -15,8 +15,19 @@ class ResidualAddOn {
  public:
   static void implement(torch::Library& m) {
     m.impl("residual_add", run);
-    m.impl("residual_add_out", run_out);
+    m.impl("residual_add_out", out);
     m.impl("_residual_add_backward", run_backward);
+  }
+
+  // Without the dispatcher; also for callers that know that no key of it has anything to do.
+  static void out(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
+                  const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype, Tensor output) {
+    residual_add_out_meta(input, residual, input_bias, dropout_p, seed, residual_dtype, output);
+    check_overlap(output, {input, residual}, {input_bias, seed});
+    if (output.numel() == 0) return;
+    OutputRows output_rows(output, row_dims_of(output));
+    launch(input, residual, input_bias, dropout_p, seed, output_rows.rows());
+    output_rows.commit();
   }
 
  private:
@@ -43,16 +54,6 @@ class ResidualAddOn {
     if (output.numel() == 0) return output;
     launch(input, residual, input_bias, dropout_p, seed, result_rows(output, row_dims_of(output), true));
     return output;
-  }
-
-  static void run_out(const Tensor& input, const Tensor& residual, const OptionalTensor& input_bias, double dropout_p,
-                      const OptionalTensor& seed, std::optional<at::ScalarType> residual_dtype, Tensor output) {
-    residual_add_out_meta(input, residual, input_bias, dropout_p, seed, residual_dtype, output);
-    check_overlap(output, {input, residual}, {input_bias, seed});
-    if (output.numel() == 0) return;
-    OutputRows output_rows(output, row_dims_of(output));
-    launch(input, residual, input_bias, dropout_p, seed, output_rows.rows());
-    output_rows.commit();
   }
 
   static std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_output, const OptionalTensor& input_bias,

@@ -24,26 +24,24 @@ def prepare_norm(weight: Tensor | None, bias: Tensor | None, eps: float, dtype: 
     return extension.Norm(*parameters, eps)
 
 
-def encode_post_norm(
-    tokens: Tensor, cu_seqlens: Tensor, layers: Sequence[extension.LayerWeights], *, is_causal: bool = False
+def encode(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    layers: Sequence[extension.LayerWeights],
+    *,
+    norm_first: bool = False,
+    is_causal: bool = False,
 ) -> Tensor:
     """The last layer's output, ``(tokens, dim)``, for packed ``tokens`` with these sequences' bounds, through post-norm
-    layers (Vaswani et al. 2017; BERT)."""
-    return extension.encode_post_norm(tokens, cu_seqlens, layers, is_causal, MAX_ROWS)
+    layers (Vaswani et al. 2017; BERT) or, with ``norm_first``, pre-norm ones (Xiong et al. 2020; ViT)."""
+    return extension.encode(tokens, cu_seqlens, layers, norm_first, is_causal, MAX_ROWS)
 
 
-def encode_pre_norm(
-    tokens: Tensor, cu_seqlens: Tensor, layer: extension.LayerWeights, *, is_causal: bool = False
-) -> Tensor:
-    """The same through one pre-norm layer (Xiong et al. 2020; ViT)."""
-    return extension.encode_pre_norm(tokens, cu_seqlens, layer, is_causal, MAX_ROWS)
-
-
-def run_pre_norm(x: Tensor, layer: extension.LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+def pre_norm_layer(x: Tensor, layer: extension.LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """The output of a pre-norm layer for ``x``, ``(rows, dim)``, whose attention is the caller's.
 
     Args:
         attend: from queries, keys and values, ``(rows, 3, num_heads, head_dim)``, which it may keep, to the context,
             ``(rows, ...)``.
     """
-    return extension.run_pre_norm(x, layer, attend, MAX_ROWS)
+    return extension.pre_norm_layer(x, layer, attend, MAX_ROWS)

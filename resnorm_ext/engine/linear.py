@@ -48,19 +48,7 @@ def prepare_linear(
     # Where torch counts no versions nothing is kept: not worth packing for one call.
     is_kept = not any(weight.is_inference() for weight, _ in parameters)
     backend = extension.linear_backend(weight.dtype, in_features, out_features) if is_kept else "aten"
-    return extension.PreparedLinear(_pack(weight, backend), bias, backend, out_features)
-
-
-def _pack(weight: Tensor, backend: str) -> Tensor:
-    if backend == "resnorm":
-        return extension.prepack_weight(weight)
-    return extension.onednn_prepack_weight(weight) if backend == "onednn" else weight
-
-
-def available_backends(dtype: torch.dtype) -> list[str]:
-    """Those that multiply in ``dtype`` on this machine."""
-    supported = {"onednn": extension.onednn_supports, "resnorm": extension.prepacked_linear_supports}
-    return ["aten", *(name for name, supports in supported.items() if supports(dtype))]
+    return extension.PreparedLinear(weight, bias, backend)
 
 
 def choose_backends(shapes: Iterable[LinearShape]) -> None:
@@ -77,9 +65,9 @@ def choose_backends(shapes: Iterable[LinearShape]) -> None:
         alike = [shape for shape in unmeasured if shape.dtype == dtype]
         if dtype in _HALVES:
             choose_backends(shape._replace(dtype=torch.float32) for shape in alike)
-        elif len(available_backends(dtype)) == 1:
+        elif len(extension.linear_backends(dtype)) == 1:
             continue
-        times = _times(alike, available_backends(dtype))
+        times = _times(alike, extension.linear_backends(dtype))
         backend = min(times, key=times.__getitem__)
         for shape in alike:
             extension.set_linear_backend(*shape, backend)
@@ -113,9 +101,7 @@ def _times(shapes: Iterable[LinearShape], backends: list[str]) -> dict[str, floa
     for dtype, in_features, out_features in shapes:
         weight = torch.randn(out_features, in_features, generator=generator, device="cpu").to(dtype)
         bias = torch.zeros(out_features, dtype=dtype, device="cpu")
-        linears = []
-        for backend in backends:
-            linears.append(extension.PreparedLinear(_pack(weight, backend), bias, backend, out_features))
+        linears = [extension.PreparedLinear(weight, bias, backend) for backend in backends]
         for rows in _MEASURED_ROWS:
             x = torch.randn(rows, in_features, generator=generator, device="cpu").to(dtype)
             times = _shortest_times(*(partial(linear, x) for linear in linears))

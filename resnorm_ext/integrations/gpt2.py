@@ -16,7 +16,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..engine.encode import run_pre_norm
+from ..engine.encode import pre_norm_layer
 from ..engine.packing import equal_bounds
 from ..modules.eligibility import products_under_autocast
 from .fused_norm import NORMS, add, add_then_norm
@@ -60,7 +60,7 @@ class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
         if prepared is not None:
             dtype = products_under_autocast(hidden_states.dtype) or hidden_states.dtype
             attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, dtype, kwargs)
-            output = run_pre_norm(prepared.tokens_of(hidden_states), prepared.layers[0], attend)
+            output = pre_norm_layer(prepared.tokens_of(hidden_states), prepared.layers[0], attend)
             return output.to(hidden_states.dtype).view(hidden_states.shape)
         update, _ = attention(
             self.ln_1(hidden_states),

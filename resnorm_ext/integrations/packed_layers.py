@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..engine.encode import encode_post_norm
+from ..engine.encode import encode
 from ..engine.packing import unpack
 from ..modules.calls import record
 from .layer_kind import LayerKind, parts_as_built
@@ -114,4 +114,4 @@ def encode_packed(encoder: nn.Module, tokens: Tensor, batch: PackedBatch) -> Ten
     record(encoder, "packed")
     layers, packing = batch
     x = tokens.resolve_neg().to(layers.precision.stream)
-    return unpack(encode_post_norm(x, packing.cu_seqlens, layers.layers).to(tokens.dtype), packing)
+    return unpack(encode(x, packing.cu_seqlens, layers.layers).to(tokens.dtype), packing)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
-from ..engine.encode import encode_pre_norm
+from ..engine.encode import encode
 from ..engine.packing import equal_bounds
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
@@ -32,7 +32,7 @@ class ViTLayer(Replacement, modeling_vit.ViTLayer):
         if prepared is not None:
             batch, length, _ = hidden_states.shape
             tokens = prepared.tokens_of(hidden_states)
-            output = encode_pre_norm(tokens, equal_bounds(batch, length), prepared.layers[0])
+            output = encode(tokens, equal_bounds(batch, length), prepared.layers, norm_first=True)
             return output.to(hidden_states.dtype).view(hidden_states.shape)
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         normed, hidden_states = add_then_norm(update, hidden_states, self.layernorm_after, self.dropout)

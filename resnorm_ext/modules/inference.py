@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..build.extension import extension
-from ..engine.encode import encode_post_norm, encode_pre_norm, prepare_norm
+from ..engine.encode import encode, prepare_norm
 from ..engine.linear import product_dtype
 from ..engine.packing import check_sequences
 from .attention import AttentionPattern
@@ -31,11 +31,9 @@ def infer(layers: Sequence[nn.TransformerEncoderLayer], x: Tensor, pattern: Atte
     products = dtype if autocast_dtype is None else product_dtype(choose_backend(autocast_dtype, *linears))
     weights = [_weights(layer, products, dtype) for layer in layers]
     tokens = x.resolve_neg().to(dtype)
-    if not layers[0].norm_first:
-        return encode_post_norm(tokens, pattern.cu_seqlens, weights, is_causal=pattern.is_causal).to(x.dtype)
-    for each in weights:
-        tokens = encode_pre_norm(tokens, pattern.cu_seqlens, each, is_causal=pattern.is_causal)
-    return tokens.to(x.dtype)
+    norm_first = layers[0].norm_first
+    output = encode(tokens, pattern.cu_seqlens, weights, norm_first=norm_first, is_causal=pattern.is_causal)
+    return output.to(x.dtype)
 
 
 def _can_infer(layer: nn.TransformerEncoderLayer, x: Tensor) -> bool:

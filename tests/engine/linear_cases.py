@@ -12,6 +12,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+BACKENDS = ("aten", "onednn", "resnorm")
 # Around the sizes of the pieces that oneDNN's inputs are cut into.
 ROWS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 2047, 2048, 2049, 5003)
 IN, OUT = 24, 40

@@ -12,6 +12,8 @@ from resnorm_ext.build.extension import ensure_loaded, extension
 from resnorm_ext.engine import encode
 from resnorm_ext.engine.linear import prepare_linear
 
+from .linear_cases import BACKENDS
+
 DIM, HEADS, HIDDEN = 16, 2, 24
 LENGTHS = (3, 1, 0, 70, 5)
 
@@ -24,8 +26,9 @@ def inference():
         yield
 
 
-def torch_layers(count: int) -> list[nn.TransformerEncoderLayer]:
-    layers = [nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, activation="gelu", batch_first=True) for _ in range(count)]
+def torch_layers(count: int, *, norm_first: bool = False) -> list[nn.TransformerEncoderLayer]:
+    options = {"activation": "gelu", "batch_first": True, "norm_first": norm_first}
+    layers = [nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, **options) for _ in range(count)]
     for parameter in (parameter for layer in layers for parameter in layer.parameters()):
         parameter.normal_()
     return layers
@@ -57,19 +60,20 @@ def reference(layers, tokens: torch.Tensor, lengths) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("max_rows", [8, 2048])
-@pytest.mark.parametrize("backend", ["aten", "onednn", "resnorm"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [LENGTHS, (0, 0), (), (64,)])
-def test_encode(monkeypatch, lengths, backend, max_rows):
-    if backend == "onednn" and not extension.onednn_supports(torch.float32):
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encode(monkeypatch, norm_first, lengths, backend, max_rows):
+    if backend not in extension.linear_backends(torch.float32):
         pytest.skip("this PyTorch has no oneDNN linear")
     for shape in ((DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)):
         extension.set_linear_backend(torch.float32, *shape, backend)
     monkeypatch.setattr(encode, "MAX_ROWS", max_rows)
-    layers = torch_layers(2)
+    layers = torch_layers(3, norm_first=norm_first)
     tokens = torch.randn(sum(lengths), DIM)
     before = tokens.clone()
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    output = encode.encode_post_norm(tokens, cu_seqlens, [weights_of(layer) for layer in layers])
+    output = encode.encode(tokens, cu_seqlens, [weights_of(layer) for layer in layers], norm_first=norm_first)
     assert torch.equal(tokens, before)
     expected = reference(layers, tokens, lengths) if lengths else tokens.double()
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
@@ -84,7 +88,7 @@ def test_other_threads_run_meanwhile():
     def run() -> None:
         with torch.no_grad():
             times.append(time.perf_counter())
-            encode.encode_post_norm(tokens, cu_seqlens, layers)
+            encode.encode(tokens, cu_seqlens, layers)
             times.append(time.perf_counter())
 
     thread, seen = threading.Thread(target=run), []
@@ -99,7 +103,7 @@ def test_other_threads_run_meanwhile():
 def test_what_does_not_fit_is_refused():
     (layer,) = (weights_of(each) for each in torch_layers(1))
     tokens, cu_seqlens = torch.randn(5, DIM), torch.tensor([0, 2, 5], dtype=torch.int32)
-    narrow = extension.PreparedLinear(torch.randn(DIM - 1, DIM), None, "aten", DIM - 1)
+    narrow = extension.PreparedLinear(torch.randn(DIM - 1, DIM), None, "aten")
     norm = extension.Norm(None, None, 1e-5)
     parts = {"num_heads": HEADS, "scale": 1.0, "attention_norm": norm, "feed_forward_norm": norm, "activation": "relu"}
     parts |= {name: getattr(layer, name) for name in ("qkv", "intermediate", "output")}
@@ -112,4 +116,4 @@ def test_what_does_not_fit_is_refused():
         ((tokens, cu_seqlens[:2], [layer]), ValueError, "from 0 to the number of tokens, 5"),
     ):
         with pytest.raises(error, match=message):
-            encode.encode_post_norm(*arguments)
+            encode.encode(*arguments)

@@ -21,16 +21,16 @@ from resnorm_ext.engine.linear import LinearShape, choose_backends, prepare_line
 from resnorm_ext.engine.weights import forget_all_weights
 from resnorm_ext.modules.linear import PREPARED, prepared_linear
 
-from .linear_cases import ACTIVATIONS, IN, OUT, ROWS, operands, reference
+from .linear_cases import ACTIVATIONS, BACKENDS, IN, OUT, ROWS, operands, reference
 
 
 def needs_onednn(dtype: torch.dtype = torch.float32) -> None:
     load_extension()
-    if not extension.onednn_supports(dtype):
+    if "onednn" not in extension.linear_backends(dtype):
         pytest.skip(f"this PyTorch or CPU has no oneDNN linear for {dtype}")
 
 
-@pytest.fixture(params=["aten", "onednn", "resnorm"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest):
     """Everything that multiplies, for the layers of these tests; the operator has oneDNN for the last."""
     shapes = [(dtype, IN, out) for dtype in (torch.float32, torch.bfloat16) for out in (OUT, 3 * OUT)]
@@ -350,6 +350,44 @@ class TestPreparedLinear:
         self.check(twin)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+class TestWhatDoesNotFit:
+    """The same errors whoever multiplies."""
+
+    @pytest.fixture
+    def make(self, name):
+        if name not in extension.linear_backends(torch.float32):
+            pytest.skip(f"this PyTorch or CPU has no {name}")
+        return lambda weight, bias=None: extension.PreparedLinear(weight, bias, name)
+
+    @pytest.mark.parametrize(
+        "bias", [torch.zeros(1), torch.zeros(OUT, 1), torch.zeros(OUT).bfloat16(), torch.zeros(OUT, device="meta")]
+    )
+    def test_bias(self, make, bias):
+        with pytest.raises(RuntimeError, match=r"Expected bias of shape .* but got bias of shape"):
+            make(torch.randn(OUT, IN), bias)
+
+    @pytest.mark.parametrize("weight", [torch.zeros(OUT), torch.zeros(OUT, IN, device="meta")])
+    def test_weight(self, make, weight):
+        with pytest.raises(RuntimeError, match=r"Expected a weight of shape \(out_features, in_features\) on the CPU"):
+            make(weight)
+
+    @pytest.mark.parametrize("x", [torch.zeros(4, IN - 1), torch.zeros(4, IN).bfloat16(), torch.zeros(())])
+    def test_input(self, make, x):
+        with pytest.raises(RuntimeError, match=rf"Expected input of shape \(\*, {IN}\) of Float"):
+            make(torch.randn(OUT, IN))(x)
+
+
+def test_a_dtype_that_a_backend_does_not_multiply_is_refused():
+    with pytest.raises(RuntimeError, match=r"of a dtype that resnorm multiplies, but got weight of shape .* of Half"):
+        extension.PreparedLinear(torch.randn(OUT, IN).half(), None, "resnorm")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="Expected aten, onednn or resnorm as the backend of linear layers, but got q"):
+        extension.PreparedLinear(torch.randn(OUT, IN), None, "q")
+
+
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -360,7 +398,7 @@ def test_memory_does_not_grow_with_the_number_of_row_counts(dtype):
     """oneDNN keeps half a megabyte for every row count it sees."""
     needs_onednn(dtype)
     weight = torch.randn(OUT, IN).to(dtype)
-    linear = extension.PreparedLinear(extension.onednn_prepack_weight(weight), None, "onednn", OUT)
+    linear = extension.PreparedLinear(weight, None, "onednn")
     row_counts = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:1300].tolist()
     x = torch.randn(4096, IN).to(dtype)
     for rows in row_counts[:300]:
@@ -382,10 +420,10 @@ class TestChoice:
         engine._seconds.pop(self.shape, None)
         extension.set_linear_backend(*self.shape, "aten")
 
-    @pytest.mark.parametrize("fastest", ["aten", "onednn", "resnorm"])
+    @pytest.mark.parametrize("fastest", BACKENDS)
     def test_the_fastest_one_is_used_and_measured_once(self, monkeypatch, fastest):
         measured = []
-        times = {backend: 1.0 + (backend != fastest) for backend in engine.available_backends(torch.float32)}
+        times = {backend: 1.0 + (backend != fastest) for backend in extension.linear_backends(torch.float32)}
         monkeypatch.setattr(engine, "_times", lambda shapes, _: measured.extend(shapes) or times)
         choose_backends([self.shape, self.shape])
         choose_backends([self.shape])
@@ -394,8 +432,8 @@ class TestChoice:
 
     def test_measurement_gives_a_backend_and_draws_no_random_number(self):
         before = torch.get_rng_state()
-        backends = engine.available_backends(torch.float32)
-        assert list(engine._times([self.shape], backends)) == backends == ["aten", "onednn", "resnorm"]
+        backends = extension.linear_backends(torch.float32)
+        assert list(engine._times([self.shape], backends)) == backends == list(BACKENDS)
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_the_least_time_wins(self, monkeypatch):
@@ -458,9 +496,9 @@ class TestChoice:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for value in ("aten", "onednn", "resnorm", "mkl")
+            for value in (*BACKENDS, "mkl")
         }
         results = {value: process.communicate(timeout=300) for value, process in processes.items()}
-        for value in ("aten", "onednn", "resnorm"):
+        for value in BACKENDS:
             assert results[value][0].strip() == value, results[value][1]
         assert "ValueError: Expected RESNORM_LINEAR to be aten, onednn or resnorm, but got mkl" in results["mkl"][1]

@@ -8,7 +8,8 @@ import torch
 
 import resnorm_ext
 from resnorm_ext.build.extension import extension
-from resnorm_ext.engine.encode import MAX_ROWS, encode_post_norm
+from resnorm_ext.engine import encode as engine
+from resnorm_ext.engine.encode import MAX_ROWS
 from resnorm_ext.functional import add_layer_norm, packed_attention
 
 
@@ -26,7 +27,7 @@ def layers_of(count: int, dim: int = 32) -> list:
 
     def linear(out_features: int, in_features: int):
         weight = torch.full((out_features, in_features), 0.01)
-        return extension.PreparedLinear(extension.prepack_weight(weight), None, "resnorm", out_features)
+        return extension.PreparedLinear(weight, None, "resnorm")
 
     norm = extension.Norm(None, None, 1e-5)
     layer = extension.LayerWeights(
@@ -44,7 +45,7 @@ def layers_of(count: int, dim: int = 32) -> list:
 
 
 def encode(tokens: int, layers: int = 2) -> torch.Tensor:
-    return encode_post_norm(torch.ones(tokens, 32), torch.tensor([0, tokens], dtype=torch.int32), layers_of(layers))
+    return engine.encode(torch.ones(tokens, 32), torch.tensor([0, tokens], dtype=torch.int32), layers_of(layers))
 
 
 @pytest.mark.parametrize("call", [normalize, attend, encode])

@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "onednn_linear.h"
-
+// oneDNN, through operators that PyTorch keeps for its own compiler. They lose gradients, so nothing here may run where
+// autograd records. Weights that are not prepacked are taken too.
 #include <ATen/Context.h>
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
-namespace resnorm::onednn {
+#include "choice.h"
+
+namespace resnorm::engine {
 
 namespace {
 
 using PointwiseSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view,
                                   c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
-using BinarySignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view);
 using PackSignature = Tensor(const Tensor&, std::optional<int64_t>);
 using Bf16Signature = bool();
 
 // The operator of this name if it exists and has the signature known here.
 template <typename Signature>
-std::optional<c10::TypedOperatorHandle<Signature>> find_operator(const char* name, const char* overload = "") {
-  const auto op = c10::Dispatcher::singleton().findSchema({name, overload});
+std::optional<c10::TypedOperatorHandle<Signature>> find_operator(const char* name) {
+  const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
   if (!op.has_value()) return std::nullopt;
   try {
     return op->typed<Signature>();
@@ -35,14 +35,12 @@ std::optional<c10::TypedOperatorHandle<Signature>> find_operator(const char* nam
 struct Operators {
   std::optional<c10::TypedOperatorHandle<PointwiseSignature>> pointwise =
       find_operator<PointwiseSignature>("mkldnn::_linear_pointwise");
-  std::optional<c10::TypedOperatorHandle<BinarySignature>> binary =
-      find_operator<BinarySignature>("mkldnn::_linear_pointwise", "binary");
   std::optional<c10::TypedOperatorHandle<PackSignature>> pack =
       find_operator<PackSignature>("mkldnn::_reorder_linear_weight");
   std::optional<c10::TypedOperatorHandle<Bf16Signature>> has_bf16 =
       find_operator<Bf16Signature>("mkldnn::_is_mkldnn_bf16_supported");
 
-  bool complete() const { return pointwise && binary && pack && has_bf16; }
+  bool complete() const { return pointwise && pack && has_bf16; }
 };
 
 const Operators& operators() {
@@ -81,22 +79,11 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
-// The whole input is one piece of a known row count: no copy of the result.
-Tensor linear_in_one_piece(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
-                           const OptionalTensor& residual) {
-  if (!residual.has_value()) return product(input, weight, bias, activation);
-  if (activation == Activation::kNone && residual->scalar_type() == input.scalar_type()) {
-    return operators().binary->call(input, residual->contiguous(), weight, bias, "add");
-  }
-  return at::add(product(input, weight, bias, activation), *residual);
-}
+int64_t padded_rows(int64_t rows) { return round_up(rows, rows <= kRowGranule ? kShortGranule : kRowGranule); }
 
-Tensor linear_in_pieces(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
-                        const OptionalTensor& residual) {
+Tensor multiply_in_pieces(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
+                          Tensor output) {
   const auto rows = input.size(0);
-  const auto dtype =
-      residual.has_value() ? c10::promoteTypes(input.scalar_type(), residual->scalar_type()) : input.scalar_type();
-  auto output = at::empty({rows, weight.size(0)}, input.options().dtype(dtype));
   for (int64_t begin = 0; begin < rows;) {
     const auto count = next_piece(rows - begin, input.scalar_type());
     auto piece = input.narrow(0, begin, count);
@@ -105,19 +92,11 @@ Tensor linear_in_pieces(const Tensor& input, const Tensor& weight, const Optiona
       buffer.narrow(0, 0, count).copy_(piece);
       piece = std::move(buffer);
     }
-    const auto result = product(piece, weight, bias, activation).narrow(0, 0, count);
-    auto target = output.narrow(0, begin, count);
-    if (residual.has_value()) {
-      at::add_out(target, result, residual->narrow(0, begin, count));
-    } else {
-      target.copy_(result);
-    }
+    output.narrow(0, begin, count).copy_(product(piece, weight, bias, activation).narrow(0, 0, count));
     begin += count;
   }
   return output;
 }
-
-}  // namespace
 
 bool supports(at::ScalarType dtype) {
   if (!operators().complete() || !at::globalContext().userEnabledMkldnn()) return false;
@@ -125,23 +104,23 @@ bool supports(at::ScalarType dtype) {
   return dtype == at::kFloat || (dtype == at::kBFloat16 && has_bf16);
 }
 
-Tensor prepack_weight(const Tensor& weight) { return operators().pack->call(weight.contiguous(), kTileRows); }
+Tensor prepack(const Tensor& weight) { return operators().pack->call(weight.contiguous(), kTileRows); }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
-              const OptionalTensor& residual) {
-  const auto matrix = input.reshape({-1, input.size(-1)}).contiguous();
+Tensor multiply(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
+                int64_t out_features, const Tensor& memory) {
+  const auto matrix = input.contiguous();
   const auto vector = bias.has_value() ? OptionalTensor(bias->contiguous()) : std::nullopt;
-  const auto matrix_residual =
-      residual.has_value() ? OptionalTensor(residual->reshape({-1, residual->size(-1)})) : std::nullopt;
   const auto rows = matrix.size(0);
-  const bool whole = rows == padded_rows(rows) && rows == next_piece(rows, input.scalar_type());
-  auto output = (whole ? linear_in_one_piece : linear_in_pieces)(matrix, weight, vector, activation, matrix_residual);
-  if (input.dim() == 2) return output;
-  auto sizes = input.sizes().vec();
-  sizes.back() = output.size(-1);
-  return output.view(sizes);
+  // One piece of a known row count: no copy of the result, and none into the memory.
+  if (rows == padded_rows(rows) && rows == next_piece(rows, matrix.scalar_type())) {
+    return product(matrix, weight, vector, activation);
+  }
+  return multiply_in_pieces(matrix, weight, vector, activation,
+                            memory.defined() ? memory : at::empty({rows, out_features}, matrix.options()));
 }
 
-int64_t padded_rows(int64_t rows) { return round_up(rows, rows <= kRowGranule ? kShortGranule : kRowGranule); }
+}  // namespace
 
-}  // namespace resnorm::onednn
+const LinearBackend onednn = {"onednn", supports, prepack, multiply, padded_rows};
+
+}  // namespace resnorm::engine

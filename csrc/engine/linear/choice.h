@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which backend multiplies: none is the fastest one on every CPU, so whoever has measured says it here.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace resnorm::engine {
+
+// ATen unless set_linear_backend or the environment (RESNORM_LINEAR=<name>, which wins) says another that can do it.
+const LinearBackend& linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features);
+
+// For the whole process.
+void set_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features, const LinearBackend& backend);
+
+// ValueError for an unknown name.
+const LinearBackend& linear_backend_named(const std::string& name);
+
+// Names of those that multiply in `dtype` on this machine, ATen first.
+std::vector<std::string> linear_backends(at::ScalarType dtype);
+
+// What RESNORM_LINEAR says, empty where it says nothing. Anything but the names is a ValueError.
+const std::string& linear_backend_override();
+
+// The table.
+extern const LinearBackend aten, onednn, prepacked;
+
+}  // namespace resnorm::engine
