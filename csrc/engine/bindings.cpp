@@ -14,8 +14,8 @@ namespace py = pybind11;
 
 namespace {
 
-PreparedLinear prepared_linear(const Tensor& weight, OptionalTensor bias, const std::string& backend) {
-  return {weight, std::move(bias), linear_backend_named(backend)};
+PreparedLinear prepared_linear(const Tensor& weight, const OptionalTensor& bias, const std::string& backend) {
+  return {weight, bias, linear_backend_named(backend)};
 }
 
 Tensor call(const PreparedLinear& linear, const Tensor& input, c10::string_view activation) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "encode.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
@@ -26,6 +27,11 @@ int64_t padded_rows(const Layers& layers, int64_t rows) {
     }
   }
   return padded;
+}
+
+void check_no_grad(const char* name, const Tensor& tensor) {
+  TORCH_CHECK(!at::GradMode::is_enabled() || !tensor.requires_grad(), "Expected ", name,
+              " that requires no grad, or no_grad, but got one that requires it: nothing is recorded here");
 }
 
 Tensor split_heads(const Tensor& qkv, const LayerWeights& layer) {
@@ -108,21 +114,25 @@ void run_pre_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_t
 Tensor encode(const Tensor& tokens, const Tensor& cu_seqlens, const Layers& layers, bool norm_first, bool causal,
               int64_t max_rows) {
   TORCH_CHECK(!layers.empty(), "Expected layers, but got none");
+  check_no_grad("an input", tokens);
   return in_chunks(
-      tokens, cu_seqlens, max_rows, [&](int64_t rows) { return padded_rows(layers, rows); },
+      tokens.resolve_neg(), cu_seqlens, max_rows, [&](int64_t rows) { return padded_rows(layers, rows); },
       [&](const Chunk& chunk) { (norm_first ? run_pre_norm : run_post_norm)(layers, chunk, causal, max_rows); });
 }
 
 // Memory is taken for each half, because `attend` may come here again.
-Tensor pre_norm_layer(const Tensor& x, const std::shared_ptr<const LayerWeights>& layer,
+Tensor pre_norm_layer(const Tensor& input, const std::shared_ptr<const LayerWeights>& layer,
                       const std::function<Tensor(const Tensor&)>& attend, int64_t max_rows) {
+  check_no_grad("an input", input);
+  const auto x = input.resolve_neg();
   const Layers layers{layer};
   auto output = at::empty(x.sizes(), x.options());
   const auto qkv = [&] {
     const Activations memory(layers, x, max_rows);
     return layer->qkv(memory.operand(normalize(x, layer->attention_norm, memory.state[0])));
   }();
-  const auto context = attend(split_heads(qkv, *layer));
+  const auto context = attend(split_heads(qkv, *layer)).resolve_neg();
+  check_no_grad("a context", context);
   Activations memory(layers, x, max_rows);
   memory.fit(*layer);
   // Under autocast somebody else's attention may well give another dtype than it got.

@@ -14,21 +14,21 @@ Tensor prepacked_weight(const Tensor& weight, const OptionalTensor& bias, const 
                                     bias->scalar_type() == dtype),
               "Expected bias of shape [", weight.size(0), "] of ", dtype, " on the CPU, but got bias of shape ",
               bias->sizes(), " of ", bias->scalar_type(), " on ", bias->device());
-  return backend.prepack(weight);
+  return backend.prepack(weight.resolve_neg());
 }
 
 }  // namespace
 
-PreparedLinear::PreparedLinear(const Tensor& weight, OptionalTensor bias, const LinearBackend& backend)
+PreparedLinear::PreparedLinear(const Tensor& weight, const OptionalTensor& bias, const LinearBackend& backend)
     : weight(prepacked_weight(weight, bias, backend)),
-      bias(std::move(bias)),
+      bias(bias.has_value() ? OptionalTensor(bias->resolve_neg()) : std::nullopt),
       backend(&backend),
       in_features(weight.size(1)),
       out_features(weight.size(0)) {}
 
 Tensor PreparedLinear::operator()(const Tensor& input, Activation activation) const {
   check_input(input);
-  return engine::multiply(*backend, input, weight, bias, activation, out_features);
+  return engine::multiply(*backend, input.resolve_neg(), weight, bias, activation, out_features);
 }
 
 Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, Activation activation) const {
@@ -39,9 +39,11 @@ Tensor PreparedLinear::multiply(const Tensor& input, const Tensor& memory, Activ
 }
 
 void PreparedLinear::check_input(const Tensor& input) const {
-  TORCH_CHECK(input.dim() > 0 && input.size(-1) == in_features && input.scalar_type() == weight.scalar_type(),
+  TORCH_CHECK(input.dim() > 0 && input.size(-1) == in_features && input.scalar_type() == weight.scalar_type() &&
+                  input.is_cpu() && input.layout() == at::kStrided && !input._is_zerotensor(),
               "Expected input of shape (*, ", in_features, ") of ", weight.scalar_type(),
-              ", as the weight is, but got input of shape ", input.sizes(), " of ", input.scalar_type());
+              ", as the weight is, dense and on the CPU, but got input of shape ", input.sizes(), " of ",
+              input.scalar_type(), " on ", input.device());
 }
 
 }  // namespace resnorm::engine

@@ -12,7 +12,7 @@ namespace resnorm::engine {
 // A linear layer without grad.
 struct PreparedLinear {
   // From a weight, (out_features, in_features), and a bias of its dtype; RuntimeError for any other.
-  PreparedLinear(const Tensor& weight, OptionalTensor bias, const LinearBackend& backend);
+  PreparedLinear(const Tensor& weight, const OptionalTensor& bias, const LinearBackend& backend);
 
   // activation(input weight^T + bias), (*, out_features).
   Tensor operator()(const Tensor& input, Activation activation = Activation::kNone) const;

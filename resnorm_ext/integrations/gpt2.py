@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional
 from ..engine.encode import pre_norm_layer
 from ..engine.packing import equal_bounds
+from ..modules.calls import record
 from ..modules.eligibility import products_under_autocast
 from .fused_norm import NORMS, add, add_then_norm
 from .layer_kind import LayerKind
@@ -56,7 +57,11 @@ class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
         attention = self.attn
         arguments = {name: value for name, value in kwargs.items() if name not in _FOR_ATTENTION}
         upcasts = attention.reorder_and_upcast_attn and attention.config._attn_implementation == "eager"
-        prepared = None if upcasts else layer_for_inference(self, _KIND, hidden_states, arguments)
+        prepared = None
+        if _wants_grad(past_key_values, attention.layer_idx, attention_mask):
+            record(self, "original", "a gradient of the cache or of the attention mask is wanted")
+        elif not upcasts:
+            prepared = layer_for_inference(self, _KIND, hidden_states, arguments)
         if prepared is not None:
             dtype = products_under_autocast(hidden_states.dtype) or hidden_states.dtype
             attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, dtype, kwargs)
@@ -71,6 +76,16 @@ class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
         )
         normed, hidden_states = add_then_norm(update, hidden_states, self.ln_2)
         return add(self.mlp(normed), hidden_states)
+
+
+def _wants_grad(cache: Cache | None, layer_idx: int, mask: Tensor | None) -> bool:
+    """Whether what the attention reads beside the layer's input requires grad, as in prefix tuning."""
+    if not torch.is_grad_enabled():
+        return False
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    kept = getattr(cache, "layers", [])[layer_idx : layer_idx + 1]
+    read = [mask, *(getattr(layer, name, None) for layer in kept for name in ("keys", "values"))]
+    return any(isinstance(each, Tensor) and each.requires_grad for each in read)
 
 
 _FOR_ATTENTION = ("position_ids", "cache_position", "is_causal")  # which transformers' attention functions are given

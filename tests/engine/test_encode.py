@@ -100,6 +100,47 @@ def test_other_threads_run_meanwhile():
     assert len(within) > 10
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_negative_bit_is_resolved(norm_first):
+    layers = [weights_of(layer) for layer in torch_layers(2)]
+    tokens, cu_seqlens = torch.randn(5, DIM), torch.tensor([0, 2, 5], dtype=torch.int32)
+    expected = encode.encode(-tokens, cu_seqlens, layers, norm_first=norm_first)
+    assert torch.equal(encode.encode(torch._neg_view(tokens), cu_seqlens, layers, norm_first=norm_first), expected)
+
+
+def attend(qkv: torch.Tensor) -> torch.Tensor:
+    return qkv[:, 2].flatten(1)
+
+
+def test_a_layer_whose_attention_is_the_callers():
+    (layer,), x = (weights_of(each) for each in torch_layers(1)), torch.randn(5, DIM)
+    expected = encode.pre_norm_layer(-x, layer, lambda qkv: -attend(qkv))
+    assert torch.equal(
+        encode.pre_norm_layer(torch._neg_view(x), layer, lambda qkv: torch._neg_view(attend(qkv))), expected
+    )
+
+
+def test_no_gradient_is_lost_in_silence():
+    (layer,), x = (weights_of(each) for each in torch_layers(1)), torch.randn(5, DIM, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    encode.encode(x, cu_seqlens, [layer])
+    with torch.enable_grad():
+        for call in (
+            lambda: encode.encode(x, cu_seqlens, [layer]),
+            lambda: encode.pre_norm_layer(x, layer, attend),
+            lambda: encode.pre_norm_layer(x.detach(), layer, lambda qkv: attend(qkv) * x.sum()),
+        ):
+            with pytest.raises(RuntimeError, match="that requires no grad"):
+                call()
+
+
+def test_products_keep_their_dtype_under_autocast():
+    (layer,), x = (weights_of(each) for each in torch_layers(1)), torch.randn(5, DIM)
+    expected = encode.pre_norm_layer(x, layer, attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode.pre_norm_layer(x, layer, attend), expected)
+
+
 def test_what_does_not_fit_is_refused():
     (layer,) = (weights_of(each) for each in torch_layers(1))
     tokens, cu_seqlens = torch.randn(5, DIM), torch.tensor([0, 2, 5], dtype=torch.int32)

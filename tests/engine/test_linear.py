@@ -372,7 +372,16 @@ class TestWhatDoesNotFit:
         with pytest.raises(RuntimeError, match=r"Expected a weight of shape \(out_features, in_features\) on the CPU"):
             make(weight)
 
-    @pytest.mark.parametrize("x", [torch.zeros(4, IN - 1), torch.zeros(4, IN).bfloat16(), torch.zeros(())])
+    @pytest.mark.parametrize(
+        "x",
+        [
+            torch.zeros(4, IN - 1),
+            torch.zeros(4, IN).bfloat16(),
+            torch.zeros(()),
+            torch.zeros(4, IN, device="meta"),
+            torch._efficientzerotensor(4, IN),
+        ],
+    )
     def test_input(self, make, x):
         with pytest.raises(RuntimeError, match=rf"Expected input of shape \(\*, {IN}\) of Float"):
             make(torch.randn(OUT, IN))(x)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
@@ -261,3 +262,23 @@ def test_what_is_read_at_padding(mask, implementation):
             each(follow, past_key_values=each(**batch).past_key_values).logits for each in (model, accelerated)
         )
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["cache", "mask"])
+def test_gradients_of_what_the_attention_reads_beside_its_input(what):
+    """As in prefix tuning: the model is frozen."""
+    model = build().requires_grad_(False)
+    accelerated = accelerate(copy.deepcopy(model))
+    ids, gradients = torch.tensor([[5, 6, 7]]), []
+    for each in (model, accelerated):
+        torch.manual_seed(0)
+        heads, head_dim = each.config.n_head, each.config.n_embd // each.config.n_head
+        prefix = torch.randn(1, heads, 2, head_dim).requires_grad_(what == "cache")
+        mask = torch.zeros(1, 1, 3, 5).requires_grad_(what == "mask")
+        cache = DynamicCache()
+        for index in range(each.config.n_layer):
+            cache.update(prefix, prefix, index)
+        with torch.enable_grad():
+            each(ids, past_key_values=cache, attention_mask=mask)[0].sum().backward()
+        gradients.append(prefix.grad if what == "cache" else mask.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "../../ops/activation_composite.h"
 #include "choice.h"
@@ -23,6 +24,8 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& 
 
 Tensor multiply(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Activation activation,
                 int64_t /*out_features*/, const Tensor& memory) {
+  // What is multiplied has the dtype that it is to be multiplied in.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
   auto output = product(input, weight, bias, memory);
   composite::activate_in_place(activation, output);
   return output;
