@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+from resnorm_ext.build.extension import extension, load_extension
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -30,3 +33,9 @@ def reference(x, weight, bias, activation, residual):
     x, weight, bias, residual = (None if t is None else t.double() for t in (x, weight, bias, residual))
     output = ACTIVATIONS[activation](F.linear(x, weight, bias))
     return output if residual is None else output + residual
+
+
+def needs_onednn(dtype: torch.dtype = torch.float32) -> None:
+    load_extension()
+    if "onednn" not in extension.linear_backends(dtype):
+        pytest.skip(f"this PyTorch or CPU has no oneDNN linear for {dtype}")

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "choice.h"
 
-#include <c10/util/accumulate.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -48,16 +46,6 @@ std::string names() {
 }
 
 }  // namespace
-
-Tensor multiply(const LinearBackend& backend, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                Activation activation, int64_t out_features) {
-  auto sizes = input.sizes().vec();
-  const auto in_features = sizes.back();
-  sizes.pop_back();
-  const auto rows = c10::multiply_integers(sizes);
-  sizes.push_back(out_features);
-  return backend.multiply(input.reshape({rows, in_features}), weight, bias, activation, out_features, {}).view(sizes);
-}
 
 const LinearBackend& linear_backend_named(const std::string& name) {
   const auto* backend = find(name);

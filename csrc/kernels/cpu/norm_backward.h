@@ -213,7 +213,7 @@ void norm_backward_of(NormBackward a, ParallelFor parallel_for) {
         };
         if constexpr (count == 1) {
           // Single rows are few, or rare where they are doubles: one loop does everything, and what is absent of it is
-          // read as zeros or goes nowhere.
+          // read as -0 or goes nowhere.
           apply(Index<1>{}, Index<1>{}, Index<0>{});
         } else {
           with_flag(has_grad_sum, [&](auto kHasGradSum) RESNORM_INLINE_LAMBDA {
