@@ -160,8 +160,8 @@ DataWatch::DataWatch(const std::vector<at::Tensor>& tensors) {
   const std::lock_guard lock(watched_mutex);
   for (const auto& tensor : tensors) {
     if (!tensor.has_storage()) continue;
-    storages_.push_back(tensor.storage());
-    const auto* const storage = storages_.back().unsafeGetStorageImpl();
+    storages_.emplace_back(tensor.storage().getWeakStorageImpl());
+    const auto* const storage = tensor.storage().unsafeGetStorageImpl();
     auto& entry = watched[storage];
     if (entry.watchers++ == 0) entry.aliases = std::make_shared<DataAliases>();
     aliases_.push_back(entry.aliases);
@@ -175,11 +175,15 @@ DataWatch::DataWatch(const std::vector<at::Tensor>& tensors) {
 DataWatch::~DataWatch() {
   const std::lock_guard lock(watched_mutex);
   for (const auto& storage : storages_) {
-    const auto found = watched.find(storage.unsafeGetStorageImpl());
+    const auto found = watched.find(storage._unsafe_get_target());
     if (--found->second.watchers > 0) continue;
-    for (const auto& version : found->second.aliases->living()) note_early(storage.unsafeGetStorageImpl(), version);
+    for (const auto& version : found->second.aliases->living()) note_early(storage._unsafe_get_target(), version);
     watched.erase(found);
   }
+}
+
+bool DataWatch::expired() const {
+  return std::any_of(storages_.begin(), storages_.end(), [](const auto& storage) { return storage.expired(); });
 }
 
 int64_t DataWatch::writes() const {

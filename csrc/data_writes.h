@@ -35,7 +35,7 @@ class DataAliases {
   std::vector<c10::VariableVersion> versions_;
 };
 
-// Watches the storages of tensors for as long as it lives.
+// Watches the storages of tensors for as long as it lives; keeps none of them.
 class DataWatch {
  public:
   explicit DataWatch(const std::vector<at::Tensor>& tensors);
@@ -45,8 +45,12 @@ class DataWatch {
 
   int64_t writes() const;
 
+  // Whether nobody keeps the memory of one of the tensors.
+  bool expired() const;
+
  private:
-  std::vector<c10::Storage> storages_;  // kept alive: no other can come to lie where these lay
+  // Weak, by which no other storage can come to lie where these lie.
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;
   std::vector<std::shared_ptr<DataAliases>> aliases_;
 };
 

@@ -82,9 +82,8 @@ def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tens
     return _activated(input if bias is None else input + _cast(bias, input.dtype), activation)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    output = _activated(F.linear(input, weight, bias), activation)
-    return output if residual is None else output + residual
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return _activated(F.linear(input, weight, bias), activation)
 
 
 def packed_attention(

@@ -286,23 +286,15 @@ def bias_activation(
     return out
 
 
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``activation(input @ weight.T + bias) + residual``.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """``activation(input @ weight.T + bias)``.
 
     Args:
         input: ``(*, in_features)``.
         weight: ``(out_features, in_features)``; bias: ``(out_features,)``.
         activation: ``"none"``, ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
-        residual: ``(*, out_features)``.
     """
-    return _call("linear", input, weight, bias, activation, residual)
+    return _call("linear", input, weight, bias, activation)
 
 
 def packed_attention(

@@ -32,7 +32,7 @@ _AXES = {
     "-> *n, *n, n, n, n",
     "bias_activation": "input *d, bias d -> *d",
     "_bias_activation_backward": "grad_output *d, input *d, bias d -> *d, d",
-    "linear": "input *i, weight oi, bias o, residual *o -> *o",
+    "linear": "input *i, weight oi, bias o -> *o",
     "packed_attention": "qkv tqhe, cu_seqlens s -> the",
     "_packed_attention_backward": "grad_output the, qkv tqhe, cu_seqlens s -> tqhe",
 }

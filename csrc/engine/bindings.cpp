@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "encode.h"
+#include "layer_cache.h"
 #include "linear/choice.h"
 
 namespace resnorm::engine {
@@ -22,13 +23,28 @@ Tensor call(const PreparedLinear& linear, const Tensor& input, c10::string_view 
   return linear(input, parse_activation(activation));
 }
 
-std::shared_ptr<LayerWeights> layer_weights(int64_t num_heads, double scale, PreparedLinear qkv,
-                                            PreparedLinear attention_output, Norm attention_norm,
-                                            PreparedLinear intermediate, c10::string_view activation,
-                                            PreparedLinear output, Norm feed_forward_norm) {
-  return std::make_shared<LayerWeights>(LayerWeights{
-      num_heads, scale, std::move(qkv), std::move(attention_output), std::move(attention_norm), std::move(intermediate),
-      parse_activation(activation), std::move(output), std::move(feed_forward_norm)});
+PreparedLinear prepare_linear_of(std::vector<Tensor> weights, std::vector<OptionalTensor> biases, bool transposed,
+                                 at::ScalarType dtype) {
+  return prepare_linear({std::move(weights), std::move(biases)}, transposed, dtype);
+}
+
+std::shared_ptr<LayerWeights> prepare_layer_of(const std::vector<OptionalTensor>& parameters, int64_t head_dim,
+                                               double scale, double attention_eps, double feed_forward_eps,
+                                               c10::string_view activation, bool transposed, at::ScalarType products,
+                                               at::ScalarType stream) {
+  return prepare_layer(layer_parameters(parameters),
+                       {head_dim, scale, attention_eps, feed_forward_eps, parse_activation(activation), transposed},
+                       {products, stream});
+}
+
+using PythonShape = std::tuple<at::ScalarType, int64_t, int64_t>;
+
+void set_python_measurement(const std::function<at::ScalarType(const std::vector<PythonShape>&)>& measurement) {
+  set_measurement([measurement](const std::vector<LinearShape>& shapes) {
+    std::vector<PythonShape> tuples;
+    for (const auto& shape : shapes) tuples.emplace_back(shape.dtype, shape.in_features, shape.out_features);
+    return measurement(tuples);
+  });
 }
 
 std::string name_of_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features) {
@@ -49,21 +65,22 @@ void bind(py::module_& m) {
       .def("__call__", torch::wrap_pybind_function_no_gil(call), py::arg("x"), py::arg("activation") = "none")
       .def_readonly("weight", &PreparedLinear::weight)
       .def_property_readonly("backend", [](const PreparedLinear& linear) { return linear.backend->name; });
-  py::class_<Norm>(m, "Norm").def(py::init([](OptionalTensor weight, OptionalTensor bias, double eps) {
-    return Norm{std::move(weight), std::move(bias), eps};
-  }));
   py::class_<LayerWeights, std::shared_ptr<LayerWeights>>(m, "LayerWeights")
-      .def(py::init(torch::wrap_pybind_function(layer_weights)), py::kw_only(), py::arg("num_heads"), py::arg("scale"),
-           py::arg("qkv"), py::arg("attention_output"), py::arg("attention_norm"), py::arg("intermediate"),
-           py::arg("activation"), py::arg("output"), py::arg("feed_forward_norm"))
       .def_readonly("qkv", &LayerWeights::qkv)
       .def_readonly("attention_output", &LayerWeights::attention_output)
       .def_readonly("intermediate", &LayerWeights::intermediate)
       .def_readonly("output", &LayerWeights::output);
+  m.def("prepare_linear", torch::wrap_pybind_function_no_gil(prepare_linear_of));
+  m.def("prepare_layer", torch::wrap_pybind_function_no_gil(prepare_layer_of), py::arg("parameters"),
+        py::arg("head_dim"), py::arg("scale"), py::arg("attention_eps"), py::arg("feed_forward_eps"),
+        py::arg("activation"), py::kw_only(), py::arg("transposed") = false, py::arg("products"), py::arg("stream"));
   m.def("linear_backend", torch::wrap_pybind_function(name_of_linear_backend));
   m.def("set_linear_backend", torch::wrap_pybind_function(set_linear_backend_by_name));
   m.def("linear_backends", torch::wrap_pybind_function(linear_backends));
   m.def("linear_backend_override", torch::wrap_pybind_function(linear_backend_override));
+  m.def("set_linear_measurement", torch::wrap_pybind_function(set_python_measurement));
+  m.def("clear_layer_cache", torch::wrap_pybind_function_no_gil(clear_layer_cache));
+  m.attr("MAX_ROWS") = kMaxRows;
   m.def("encode", torch::wrap_pybind_function_no_gil(encode));
   m.def("pre_norm_layer", torch::wrap_pybind_function_no_gil(pre_norm_layer));
 }

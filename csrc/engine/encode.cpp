@@ -11,8 +11,8 @@
 #include "../ops/cpu/packed_attention_cpu.h"
 #include "../ops/norm_device.h"
 #include "../ops/residual_add_device.h"
-#include "activations.h"
 #include "chunks.h"
+#include "scratch.h"
 
 namespace resnorm::engine {
 
@@ -56,7 +56,7 @@ void add_layer_norm(const Tensor& input, const Tensor& residual, const Norm& nor
 
 // Where products have a dtype of their own, the norms below are of the states': what comes first in a sum names it.
 void run_post_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_t max_rows) {
-  Activations memory(layers, chunk.tokens, max_rows);
+  Scratch memory(layers, chunk.tokens, max_rows);
   auto x = chunk.tokens;
   for (const auto& layer : layers) {
     memory.fit(*layer);
@@ -80,7 +80,7 @@ Tensor normalize(const Tensor& x, const Norm& norm, const Tensor& output) {
 
 // The update that a layer's feed-forward makes, from the context of its attention. The sum of the input `x` and the
 // attention's update goes to state[1]; update[0] has that update, the norm and the next update, one after the other.
-Tensor pre_norm_update(const LayerWeights& layer, const Tensor& x, const Tensor& context, const Activations& memory) {
+Tensor pre_norm_update(const LayerWeights& layer, const Tensor& x, const Tensor& context, const Scratch& memory) {
   const auto update = layer.attention_output.multiply(context, memory.update[0]);
   add_layer_norm(update, x, layer.feed_forward_norm, update, memory.state[1]);
   const auto hidden = layer.intermediate.multiply(update, memory.hidden, layer.activation);
@@ -94,7 +94,7 @@ void add(const Tensor& update, const Tensor& x, const Tensor& output) {
 
 // Each layer's last sum is taken with the norm that the next one begins with.
 void run_pre_norm(const Layers& layers, const Chunk& chunk, bool causal, int64_t max_rows) {
-  Activations memory(layers, chunk.tokens, max_rows);
+  Scratch memory(layers, chunk.tokens, max_rows);
   auto x = chunk.tokens;
   auto normed = memory.operand(normalize(x, layers.front()->attention_norm, memory.state[0]));
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -128,12 +128,12 @@ Tensor pre_norm_layer(const Tensor& input, const std::shared_ptr<const LayerWeig
   const Layers layers{layer};
   auto output = at::empty(x.sizes(), x.options());
   const auto qkv = [&] {
-    const Activations memory(layers, x, max_rows);
+    const Scratch memory(layers, x, max_rows);
     return layer->qkv(memory.operand(normalize(x, layer->attention_norm, memory.state[0])));
   }();
   const auto context = attend(split_heads(qkv, *layer)).resolve_neg();
   check_no_grad("a context", context);
-  Activations memory(layers, x, max_rows);
+  Scratch memory(layers, x, max_rows);
   memory.fit(*layer);
   // Under autocast somebody else's attention may well give another dtype than it got.
   const auto update = pre_norm_update(*layer, x, context.reshape({x.size(0), -1}).to(qkv.scalar_type()), memory);

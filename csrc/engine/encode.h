@@ -9,6 +9,10 @@
 
 namespace resnorm::engine {
 
+// How many rows go through the layers at once: what is written for them stays in the caches. Memory for as many is kept
+// by every thread that runs layers.
+constexpr int64_t kMaxRows = 1024;
+
 // The output of layers for packed `tokens`, (tokens, dim), whose sequences' bounds are `cu_seqlens`: of post-norm
 // layers (Vaswani et al. 2017; BERT) or, with `norm_first`, pre-norm ones (Xiong et al. 2020; ViT). Batches of more
 // than `max_rows` tokens go through the layers in chunks (chunks.h).

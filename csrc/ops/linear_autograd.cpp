@@ -10,12 +10,12 @@ namespace resnorm {
 namespace {
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       c10::string_view activation, const OptionalTensor& residual) {
-  if (needs_formula(input, weight, bias, residual) || requires_grad(input, weight, bias, residual)) {
-    return composite::linear(input, weight, bias, activation, residual);
+                       c10::string_view activation) {
+  if (needs_formula(input, weight, bias) || requires_grad(input, weight, bias)) {
+    return composite::linear(input, weight, bias, activation);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return linear(input, weight, bias, activation, residual);
+  return linear(input, weight, bias, activation);
 }
 
 }  // namespace

@@ -6,7 +6,6 @@
 
 namespace resnorm::composite {
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation,
-              const OptionalTensor& residual);
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation);
 
 }  // namespace resnorm::composite

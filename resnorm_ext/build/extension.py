@@ -24,6 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _NAME = "resnorm_ext._C"
 _lock = threading.RLock()
 _loaded: ModuleType | None = None
+_when_loaded: list[Callable[[ModuleType], None]] = []
 
 
 def load_extension() -> ModuleType:
@@ -64,6 +65,14 @@ def load_if_built() -> None:
             load_library(library)
     except (ImportError, RuntimeError, ValueError):
         pass
+
+
+def when_loaded(callback: Callable[[ModuleType], None]) -> None:
+    """Has ``callback`` called with the extension module when that is loaded; at once where it is."""
+    with _lock:
+        _when_loaded.append(callback)
+        if _loaded is not None:
+            callback(_loaded)
 
 
 def assume_constant_result(function: Callable) -> Callable:
@@ -157,6 +166,8 @@ def load_library(library: Path) -> ModuleType:
             spec.loader.exec_module(module)
         except ImportError as error:
             raise ImportError(f"{library} cannot be loaded: {error}. {how_to_build()}.") from error
+        for callback in _when_loaded:
+            callback(module)
         sys.modules[_NAME] = _loaded = module
         return module
 

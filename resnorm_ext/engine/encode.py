@@ -5,23 +5,16 @@ and interrupts do not disturb. No grad; inputs are not written."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..build.extension import extension
+from ..modules.eligibility import products_under_autocast
 
-# How many rows go through the layers at once: what is written for them stays in the caches. Memory for as many is kept
-# by every thread that runs layers.
-MAX_ROWS = 1024
-
-
-def prepare_norm(weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> extension.Norm:
-    """The layer norm as layers whose residual sums are of ``dtype`` read it."""
-    parameters = (None if each is None else each.detach().resolve_neg() for each in (weight, bias))
-    if dtype == torch.float32:  # half-precision ones may come to be read so; float32 ones may stand beside a half
-        parameters = (None if each is None else each.to(dtype) for each in parameters)
-    return extension.Norm(*parameters, eps)
+if TYPE_CHECKING:
+    from .spec import LayerOptions
 
 
 def encode(
@@ -34,7 +27,7 @@ def encode(
 ) -> Tensor:
     """The last layer's output, ``(tokens, dim)``, for packed ``tokens`` with these sequences' bounds, through post-norm
     layers (Vaswani et al. 2017; BERT) or, with ``norm_first``, pre-norm ones (Xiong et al. 2020; ViT)."""
-    return extension.encode(tokens, cu_seqlens, layers, norm_first, is_causal, MAX_ROWS)
+    return extension.encode(tokens, cu_seqlens, layers, norm_first, is_causal, extension.MAX_ROWS)
 
 
 def pre_norm_layer(x: Tensor, layer: extension.LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -44,4 +37,40 @@ def pre_norm_layer(x: Tensor, layer: extension.LayerWeights, attend: Callable[[T
         attend: from queries, keys and values, ``(rows, 3, num_heads, head_dim)``, which it may keep, to the context,
             ``(rows, ...)``.
     """
-    return extension.pre_norm_layer(x, layer, attend, MAX_ROWS)
+    return extension.pre_norm_layer(x, layer, attend, extension.MAX_ROWS)
+
+
+def encode_padded(
+    x: Tensor,
+    key_mask: Tensor | None,
+    parameters: list[Tensor | None],
+    options: LayerOptions,
+    *,
+    num_layers: int,
+    is_causal: bool,
+    padding: str,
+) -> Tensor:
+    """The same by one operator, for whoever compiles or exports the call: from ``(batch, length, dim)`` to that.
+
+    Args:
+        key_mask: bool ``(batch, length)``, True where a position is seen.
+        parameters: those of all layers, as ``LayerSpec.parameters`` gives them.
+        options: of every layer, with one ``eps``.
+        padding: whether positions that are not seen are skipped, and zeros in the result: ``"skip"``,
+            ``"skip_unless_first"`` unless any sequence's first one is hidden, ``"skip_if_trailing"`` if nothing that is
+            seen comes after.
+    """
+    return torch.ops.resnorm.encode(
+        x,
+        key_mask,
+        parameters,
+        num_layers,
+        head_dim=options.head_dim,
+        scale=options.scale,
+        eps=options.attention_eps,
+        activation=options.activation,
+        norm_first=options.norm_first,
+        causal=is_causal,
+        padding=padding,
+        product_dtype=products_under_autocast(x.dtype),
+    )

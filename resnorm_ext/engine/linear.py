@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..build.extension import extension
+from ..build.extension import extension, when_loaded
 
 
 class LinearShape(NamedTuple):
@@ -38,17 +38,8 @@ def prepare_linear(
             ``transposed`` the other way round. Of several layers all or none have a bias.
         dtype: what is multiplied; the weights' where None.
     """
-    # Detached: a parameter that is held where the garbage collector does not look would never go.
-    weights = [weight.detach().resolve_neg().to(dtype) for weight, _ in parameters]
-    biases = [None if bias is None else bias.detach().resolve_neg().to(dtype) for _, bias in parameters]
-    weights = [weight.t() if transposed else weight for weight in weights]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    bias = biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases)
-    out_features, in_features = weight.shape
-    # Where torch counts no versions nothing is kept: not worth packing for one call.
-    is_kept = not any(weight.is_inference() for weight, _ in parameters)
-    backend = extension.linear_backend(weight.dtype, in_features, out_features) if is_kept else "aten"
-    return extension.PreparedLinear(weight, bias, backend)
+    weights, biases = zip(*parameters, strict=True)
+    return extension.prepare_linear(weights, biases, transposed, weights[0].dtype if dtype is None else dtype)
 
 
 def choose_backends(shapes: Iterable[LinearShape]) -> None:
@@ -84,6 +75,15 @@ def product_dtype(shapes: Iterable[LinearShape]) -> torch.dtype:
             return torch.float32
     return shapes[0].dtype
 
+
+def _measured_product_dtype(shapes: list[tuple]) -> torch.dtype:
+    """What the engine asks where an operator prepares layers by itself."""
+    shapes = [LinearShape(*shape) for shape in shapes]
+    choose_backends(shapes)
+    return product_dtype(shapes)
+
+
+when_loaded(lambda extension: extension.set_linear_measurement(_measured_product_dtype))
 
 _HALVES = (torch.bfloat16, torch.float16)
 _seconds: dict[LinearShape, float] = {}  # that the chosen backend takes, in the mean over shapes measured together

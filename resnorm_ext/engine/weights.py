@@ -18,9 +18,10 @@ _generation = 0
 
 
 def forget_all_weights() -> None:
-    """Makes every ``WeightState`` stale."""
+    """Makes every ``WeightState`` stale, and forgets what operators have prepared."""
     global _generation
     _generation += 1
+    extension.clear_layer_cache()
 
 
 class WeightState:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -39,8 +41,9 @@ def is_plain(
 
 def has_plain_tensors(tensors: Iterable[Tensor | None]) -> bool:
     """Whether none of ``tensors`` is sparse, or of a subclass that has its own idea of an operator."""
+    types = (*_PLAIN_TENSORS, FakeTensor, FunctionalTensor) if torch.compiler.is_compiling() else _PLAIN_TENSORS
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided):
+        if tensor is not None and (type(tensor) not in types or tensor.layout is not torch.strided):
             return False
     return True
 
@@ -74,7 +77,7 @@ def autocasts() -> bool:
     return torch.is_autocast_enabled("cpu")
 
 
-def autocast_obstacle() -> str | None:
+def autocast_reason() -> str | None:
     """What about autocast on the CPU keeps a call from inference on prepared weights."""
     if not autocasts() or torch.get_autocast_dtype("cpu") == torch.bfloat16:
         return None

@@ -16,7 +16,7 @@ from .attention import SelfAttention
 from .calls import record
 from .eligibility import is_plain
 from .encoder_paths import Stack, encode_batch, encode_sequences
-from .encoder_stack import is_plain_norm, obstacle
+from .encoder_stack import is_plain_norm, layer_reason
 from .norm import LayerNorm
 from .originals import Originals
 from .padding import PaddingChoice
@@ -102,7 +102,7 @@ class TransformerEncoderLayer(PaddingChoice, nn.TransformerEncoderLayer):
             return _run_original(
                 nn.TransformerEncoderLayer, self, src, src_mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen
             )
-        stack = Stack(self, (self,), None, obstacle(self), self._forward_by_modules)
+        stack = Stack(self, src, self._forward_by_modules, layer_reason)
         return _encode(stack, src, src_mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen)
 
     def _forward_by_modules(
@@ -172,7 +172,7 @@ class TransformerEncoder(PaddingChoice, nn.TransformerEncoder):
             return _run_original(
                 nn.TransformerEncoder, self, src, mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen
             )
-        stack = Stack(self, self.layers, self.norm, encoder_obstacle(self), self._forward_by_modules)
+        stack = Stack(self, src, self._forward_by_modules, encoder_reason)
         return _encode(stack, src, mask, src_key_padding_mask, is_causal, cu_seqlens, max_seqlen)
 
     def _forward_by_modules(
@@ -190,14 +190,14 @@ class TransformerEncoder(PaddingChoice, nn.TransformerEncoder):
         return x if self.norm is None else self.norm(x)
 
 
-def encoder_obstacle(encoder: nn.TransformerEncoder) -> str | None:
+def encoder_reason(encoder: nn.TransformerEncoder) -> str | None:
     """Why fused operators do not compute what ``encoder`` does; None where they do."""
     if encoder.norm is not None and not is_plain_norm(encoder.norm):
         return "norm has hooks or is not a plain LayerNorm"
     for index, layer in enumerate(encoder.layers):
         if not is_plain(layer, TransformerEncoderLayer, nn.TransformerEncoderLayer):
             return f"layer {index} has hooks or is not a plain TransformerEncoderLayer"
-        reason = obstacle(layer)
+        reason = layer_reason(layer)
         if reason is not None:
             return f"layer {index}: {reason}"
     return None

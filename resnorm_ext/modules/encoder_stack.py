@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional
+from ..engine.spec import LayerSpec, module_at
 from .attention import AttentionPattern, SelfAttention, is_self_attention, kept_for_backward, self_attention
 from .eligibility import has_global_hooks, is_eager, is_plain
 from .feed_forward import feed_forward
-from .inference import infer
 from .norm import LayerNorm
 
 
@@ -22,36 +22,42 @@ def is_plain_norm(norm: nn.Module) -> bool:
     return is_plain(norm, LayerNorm, nn.LayerNorm)
 
 
-_PARTS = {
-    "self_attn": (SelfAttention, nn.MultiheadAttention),
-    "linear1": (nn.Linear,),
-    "dropout": (nn.Dropout,),
-    "linear2": (nn.Linear,),
-    "norm1": (LayerNorm, nn.LayerNorm),
-    "norm2": (LayerNorm, nn.LayerNorm),
-    "dropout1": (nn.Dropout,),
-    "dropout2": (nn.Dropout,),
-}
+LAYER = LayerSpec(
+    types=(),  # a layer that is called is ours, and the stack knows its own
+    parts={
+        "self_attn": (SelfAttention, nn.MultiheadAttention),
+        "self_attn.out_proj": (NonDynamicallyQuantizableLinear,),
+    },
+    attention="self_attn",
+    scaling=None,
+    projections=("self_attn.in_proj_",),
+    attention_output="self_attn.out_proj.",
+    attention_norm="norm1",
+    intermediate="linear1.",
+    activation=("", "activation"),
+    output="linear2.",
+    feed_forward_norm="norm2",
+    dropouts=(("self_attn", "dropout"), ("dropout", "p"), ("dropout1", "p"), ("dropout2", "p")),
+    norm_first=None,
+)
 
 
-def obstacle(layer: nn.TransformerEncoderLayer) -> str | None:
+def layer_reason(layer: nn.TransformerEncoderLayer) -> str | None:
     """Why ``run_layers`` does not compute what ``layer`` does; None where it does: all parts are as they were built."""
-    parts = layer._modules  # nn.Module.__getattr__ costs more than the checks
-    for name, types in _PARTS.items():
-        if not is_plain(parts.get(name), *types):
-            return f"{name} has hooks or is not a plain {types[-1].__name__}"
-    if not is_self_attention(parts["self_attn"]):
-        return "self_attn is not self-attention of equal dimensions"
-    if not is_plain(parts["self_attn"].out_proj, NonDynamicallyQuantizableLinear):
-        return "self_attn.out_proj has hooks or is not a plain Linear"
+    reason = LAYER.reason(layer)
+    if reason is not None:
+        return reason.lstrip(".")
     for block in ("_sa_block", "_ff_block"):
         if block in layer.__dict__ or getattr(type(layer), block) is not getattr(nn.TransformerEncoderLayer, block):
             return f"{block} is overridden"
-    embed_dim, num_heads = parts["self_attn"].embed_dim, parts["self_attn"].num_heads
-    if parts["self_attn"].in_proj_weight.shape != (3 * embed_dim, embed_dim) or embed_dim % num_heads:
+    attention = layer.self_attn
+    if not is_self_attention(attention):
+        return "self_attn is not self-attention of equal dimensions"
+    embed_dim, num_heads = attention.embed_dim, attention.num_heads
+    if attention.in_proj_weight.shape != (3 * embed_dim, embed_dim) or embed_dim % num_heads:
         return "self_attn's in_proj_weight is not of its embed_dim and num_heads"
-    for norm in ("norm1", "norm2"):
-        if tuple(parts[norm].normalized_shape) != (embed_dim,):
+    for norm in LAYER.norms():
+        if tuple(module_at(layer, norm).normalized_shape) != (embed_dim,):
             return f"{norm} is not over embed_dim"
     return "hooks for all modules are registered" if has_global_hooks() else None
 
@@ -64,14 +70,12 @@ def run_layers(
     *,
     owns_x: bool,
 ) -> Tensor:
-    """The output of ``layers`` without an obstacle, then ``final_norm``.
+    """The output of ``layers`` that fused operators compute, then ``final_norm``.
 
     Args:
         x: ``(batch, length, dim)``, ``(length, batch, dim)`` or packed ``(tokens, dim)``, as ``pattern`` says.
         owns_x: whether ``x`` may be overwritten.
     """
-    if (output := infer(layers, x, pattern)) is not None:
-        return output if final_norm is None else ResidualStream(output, True).norm(final_norm)
     stream = ResidualStream(x, owns_x)
     normed = None  # the norm of the stream, where adding to it has computed that too
     for index, layer in enumerate(layers):

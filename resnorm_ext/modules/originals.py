@@ -53,12 +53,17 @@ class Originals:
 
     def _first_changed_while_traced(self) -> int:
         for index, (owner, name, value) in enumerate(zip(self._owners, self._names, self._values, strict=True)):
-            if getattr(owner, name, None) is not value:
+            if getattr(owner, name, None) is not value and not (name == "__call__" and _is_traced_by_fx()):
                 return index
         return -1
 
     def _places(self) -> list[Place]:
         return list(zip(self._owners, self._names, strict=True))
+
+
+def _is_traced_by_fx() -> bool:
+    """Whether torch.fx has its own ``__call__`` in the place of modules', as while torch.export traces."""
+    return not torch.compiler.is_dynamo_compiling()
 
 
 class _NotTheLibrarys:

@@ -40,15 +40,11 @@ def forget_choice(module: nn.Module) -> None:
     module.__dict__.pop(_CHOICE, None)
 
 
-def torch_skips(
-    encoder: nn.TransformerEncoder, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, hidden: Tensor
+def torch_may_skip(
+    encoder: nn.TransformerEncoder, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None
 ) -> bool:
     """Whether torch.nn's ``encoder`` would, without grad, take nested tensors for this batch, whose padding it then
-    skips and fills with zeros.
-
-    Args:
-        hidden: bool ``(batch, length)``, True where ``key_padding_mask`` hides. Its values are read.
-    """
+    skips and fills with zeros, if that is all on the right."""
     first = encoder.layers[0]
     return (
         torch.backends.mha.get_fastpath_enabled()
@@ -59,5 +55,10 @@ def torch_skips(
         and mask is None
         and not torch.is_autocast_enabled()  # for CUDA: that is what torch.nn asks
         and src.device.type in ("cpu", "cuda", "xpu")
-        and not bool((hidden[:, :-1] & ~hidden[:, 1:]).any())  # aligned on the left
     )
+
+
+def is_on_the_right(hidden: Tensor) -> bool:
+    """Whether nothing that ``hidden``, bool ``(batch, length)``, does not hide comes after what it hides. Reads the
+    values."""
+    return not bool((hidden[:, :-1] & ~hidden[:, 1:]).any())

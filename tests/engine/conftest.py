@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resnorm_ext.build.extension import extension
+from resnorm_ext.build.extension import ensure_loaded, extension
 
 from .linear_cases import BACKENDS, IN, OUT, needs_onednn
 
@@ -20,3 +20,15 @@ def backend(request: pytest.FixtureRequest):
     yield request.param
     for shape in shapes:
         extension.set_linear_backend(*shape, "aten")
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is prepared. These tensors are tiny, and one thread is the fastest."""
+    ensure_loaded()
+    extension.clear_layer_cache()
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,7 +10,6 @@ from torch import nn
 
 from resnorm_ext.build.extension import ensure_loaded, extension
 from resnorm_ext.engine import encode
-from resnorm_ext.engine.linear import prepare_linear
 
 from .linear_cases import BACKENDS
 
@@ -34,19 +33,19 @@ def torch_layers(count: int, *, norm_first: bool = False) -> list[nn.Transformer
     return layers
 
 
+def parameters_of(layer: nn.TransformerEncoderLayer) -> list[torch.Tensor]:
+    attention, parts = layer.self_attn, (layer.norm1, layer.linear1, layer.linear2, layer.norm2)
+    parameters = [attention.in_proj_weight, attention.in_proj_bias, *attention.out_proj.parameters()]
+    return parameters + [parameter for part in parts for parameter in part.parameters()]
+
+
+def prepared(parameters: list[torch.Tensor]) -> extension.LayerWeights:
+    options = {"products": torch.float32, "stream": torch.float32}
+    return extension.prepare_layer(parameters, DIM // HEADS, (DIM / HEADS) ** -0.5, 1e-5, 1e-5, "gelu", **options)
+
+
 def weights_of(layer: nn.TransformerEncoderLayer) -> extension.LayerWeights:
-    attention = layer.self_attn
-    return extension.LayerWeights(
-        num_heads=HEADS,
-        scale=(DIM / HEADS) ** -0.5,
-        qkv=prepare_linear((attention.in_proj_weight, attention.in_proj_bias)),
-        attention_output=prepare_linear((attention.out_proj.weight, attention.out_proj.bias)),
-        attention_norm=extension.Norm(layer.norm1.weight, layer.norm1.bias, layer.norm1.eps),
-        intermediate=prepare_linear((layer.linear1.weight, layer.linear1.bias)),
-        activation="gelu",
-        output=prepare_linear((layer.linear2.weight, layer.linear2.bias)),
-        feed_forward_norm=extension.Norm(layer.norm2.weight, layer.norm2.bias, layer.norm2.eps),
-    )
+    return prepared(parameters_of(layer))
 
 
 def reference(layers, tokens: torch.Tensor, lengths) -> torch.Tensor:
@@ -68,7 +67,7 @@ def test_encode(monkeypatch, norm_first, lengths, backend, max_rows):
         pytest.skip("this PyTorch has no oneDNN linear")
     for shape in ((DIM, 3 * DIM), (DIM, DIM), (DIM, HIDDEN), (HIDDEN, DIM)):
         extension.set_linear_backend(torch.float32, *shape, backend)
-    monkeypatch.setattr(encode, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(extension, "MAX_ROWS", max_rows)
     layers = torch_layers(3, norm_first=norm_first)
     tokens = torch.randn(sum(lengths), DIM)
     before = tokens.clone()
@@ -142,13 +141,10 @@ def test_products_keep_their_dtype_under_autocast():
 
 
 def test_what_does_not_fit_is_refused():
-    (layer,) = (weights_of(each) for each in torch_layers(1))
+    (original,) = torch_layers(1)
+    layer, parameters = weights_of(original), parameters_of(original)
     tokens, cu_seqlens = torch.randn(5, DIM), torch.tensor([0, 2, 5], dtype=torch.int32)
-    narrow = extension.PreparedLinear(torch.randn(DIM - 1, DIM), None, "aten")
-    norm = extension.Norm(None, None, 1e-5)
-    parts = {"num_heads": HEADS, "scale": 1.0, "attention_norm": norm, "feed_forward_norm": norm, "activation": "relu"}
-    parts |= {name: getattr(layer, name) for name in ("qkv", "intermediate", "output")}
-    wrong = extension.LayerWeights(attention_output=narrow, **parts)
+    wrong = prepared([*parameters[:2], torch.randn(DIM - 1, DIM), None, *parameters[4:]])
     for arguments, error, message in (
         ((tokens, cu_seqlens, [wrong]), RuntimeError, "Expected a linear layer of 16 output features, but got .* 15"),
         ((tokens, cu_seqlens, []), RuntimeError, "Expected layers"),
@@ -158,3 +154,15 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(error, match=message):
             encode.encode(*arguments)
+
+
+def test_parameters_that_make_no_layer_are_refused():
+    (layer,) = torch_layers(1)
+    parameters = parameters_of(layer)
+    for wrong, message in (
+        (parameters[:11], "Expected 12 or 16 parameters of a layer, but got 11"),
+        ([None, *parameters[1:]], "Expected weights of all linear layers, but got None"),
+        ([torch.randn(3 * DIM - 1, DIM), None, *parameters[2:]], "whole heads of 8 features, but got 47 features"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            prepared(wrong)

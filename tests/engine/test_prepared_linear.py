@@ -12,8 +12,9 @@ from torch import nn
 
 from resnorm_ext.build.extension import extension
 from resnorm_ext.engine.linear import prepare_linear
+from resnorm_ext.engine.prepared import PREPARED
 from resnorm_ext.engine.weights import forget_all_weights
-from resnorm_ext.modules.linear import PREPARED, prepared_linear
+from resnorm_ext.modules.linear import prepared_linear
 
 from .linear_cases import ACTIVATIONS, BACKENDS, IN, OUT, needs_onednn
 
@@ -43,7 +44,7 @@ class TestPreparedLinear:
         return nn.Linear(IN, OUT)
 
     def prepared(self, layer: nn.Linear):
-        return prepared_linear(layer, layer.weight, layer.bias, layer.weight.dtype)
+        return prepared_linear(layer, layer.weight, layer.bias)
 
     def check(self, layer: nn.Linear, activation: str = "none") -> None:
         x = torch.randn(10, IN).to(layer.weight.dtype)

@@ -9,7 +9,6 @@ import torch
 import resnorm_ext
 from resnorm_ext.build.extension import extension
 from resnorm_ext.engine import encode as engine
-from resnorm_ext.engine.encode import MAX_ROWS
 from resnorm_ext.functional import add_layer_norm, packed_attention
 
 
@@ -24,24 +23,13 @@ def attend(tokens: int) -> torch.Tensor:
 
 def layers_of(count: int, dim: int = 32) -> list:
     """Post-norm layers whose products are this package's."""
-
-    def linear(out_features: int, in_features: int):
-        weight = torch.full((out_features, in_features), 0.01)
-        return extension.PreparedLinear(weight, None, "resnorm")
-
-    norm = extension.Norm(None, None, 1e-5)
-    layer = extension.LayerWeights(
-        num_heads=2,
-        scale=1.0,
-        qkv=linear(3 * dim, dim),
-        attention_output=linear(dim, dim),
-        attention_norm=norm,
-        intermediate=linear(4 * dim, dim),
-        activation="gelu",
-        output=linear(dim, 4 * dim),
-        feed_forward_norm=norm,
-    )
-    return [layer] * count
+    sizes = [(3 * dim, dim), (dim, dim), (4 * dim, dim), (dim, 4 * dim)]
+    for out_features, in_features in sizes:
+        extension.set_linear_backend(torch.float32, in_features, out_features, "resnorm")
+    qkv, attention_output, intermediate, output = ((torch.full(size, 0.01), None) for size in sizes)
+    parameters = [*qkv, *attention_output, None, None, *intermediate, *output, None, None]
+    options = {"products": torch.float32, "stream": torch.float32}
+    return [extension.prepare_layer(parameters, dim // 2, 1.0, 1e-5, 1e-5, "gelu", **options)] * count
 
 
 def encode(tokens: int, layers: int = 2) -> torch.Tensor:
@@ -70,9 +58,9 @@ def test_attention_keeps_no_more_for_longer_sequences():
 
 def test_layers_keep_no_more_for_longer_sequences():
     kept = []
-    for tokens in (MAX_ROWS, 3 * MAX_ROWS):
+    for tokens in (extension.MAX_ROWS, 3 * extension.MAX_ROWS):
         resnorm_ext.free_workspaces()
-        encode(MAX_ROWS)
+        encode(extension.MAX_ROWS)
         encode(tokens)
         kept.append(resnorm_ext.free_workspaces())
     assert 0 < kept[1] == kept[0]

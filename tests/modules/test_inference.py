@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from resnorm_ext.engine import encode
+from resnorm_ext.build.extension import extension
+from resnorm_ext.engine import prepared
 from resnorm_ext.integrations import accelerate
-from resnorm_ext.modules import inference
 
 DIM, HEADS, LENGTHS = 16, 2, (7, 1, 30)
 
@@ -39,13 +39,13 @@ def reference(encoder: nn.TransformerEncoder, tokens: torch.Tensor, is_causal: b
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The kinds of layers that the engine has been called for."""
-    log, function = [], inference.encode
+    log, function = [], prepared.encode
 
     def spy(*arguments, norm_first: bool, **options):
         log.append("pre-norm" if norm_first else "post-norm")
         return function(*arguments, norm_first=norm_first, **options)
 
-    monkeypatch.setattr(inference, "encode", spy)
+    monkeypatch.setattr(prepared, "encode", spy)
     return log
 
 
@@ -64,7 +64,7 @@ def packed(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 )
 @torch.no_grad()
 def test_whole_layers(options, final_norm, is_causal, max_rows, calls, monkeypatch):
-    monkeypatch.setattr(encode, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(extension, "MAX_ROWS", max_rows)
     encoder = build(final_norm=final_norm, **options)
     dtype = options.get("dtype", torch.float32)
     tokens, cu_seqlens = packed(dtype)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import resnorm_ext.modules as rn
 from resnorm_ext.build.extension import extension, load_extension
+from resnorm_ext.engine import linear as engine
+from resnorm_ext.engine import prepared
 from resnorm_ext.engine.linear import LinearShape
 from resnorm_ext.modules import linear
 
@@ -18,10 +20,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of a few dozen terms ne
 @pytest.fixture
 def measured(monkeypatch):
     shapes = []
-    monkeypatch.setattr(linear, "choose_backends", shapes.extend)
-    linear._choose_once.cache_clear()
-    yield shapes
-    linear._choose_once.cache_clear()
+    for module in (linear, prepared):
+        monkeypatch.setattr(module, "choose_backends", shapes.extend)
+    return shapes
 
 
 @torch.no_grad()
@@ -29,24 +30,25 @@ def test_each_shape_is_measured_once(measured):
     encoder = rn.TransformerEncoder(rn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
     for length in (3, 4):
         encoder(torch.randn(2, length, 8))
-    assert measured == [LinearShape(torch.float32, *sizes) for sizes in ((8, 24), (8, 8), (8, 12), (12, 8))]
+    assert measured == [LinearShape(torch.float32, *sizes) for sizes in ((8, 24), (8, 8), (8, 12), (12, 8))] * 2
 
 
 @torch.no_grad()
-def test_nothing_is_measured_where_results_must_repeat(measured):
+def test_nothing_is_measured_where_results_must_repeat(monkeypatch):
+    measured = []
+    monkeypatch.setattr(engine, "_times", lambda shapes, names: measured.extend(shapes) or dict.fromkeys(names, 1.0))
     torch.use_deterministic_algorithms(True)
     try:
-        rn.FeedForward(8, 12)(torch.randn(2, 8))
+        rn.FeedForward(9, 13)(torch.randn(2, 9))
     finally:
         torch.use_deterministic_algorithms(False)
     assert measured == []
-    rn.FeedForward(8, 12)(torch.randn(2, 8))
+    rn.FeedForward(9, 13)(torch.randn(2, 9))
     assert len(measured) == 2
 
 
 @torch.no_grad()
 def test_measuring_takes_no_random_numbers_of_the_caller():
-    linear._choose_once.cache_clear()
     module, x = rn.FeedForward(20, 28, 0.0), torch.randn(2, 20)
     torch.manual_seed(3)
     expected = torch.randn(4)

@@ -146,7 +146,7 @@ class Functionals(nn.Module):
         )
         y = rf.residual_add(rf.add_layer_norm(y, total, (DIM,)), total, self.bias, **drop)
         y = rf.bias_activation(rf.bias_activation(y, self.bias, "gelu_tanh"), activation="gelu")
-        return rf.linear(y, self.projection, self.bias, activation="relu", residual=total)
+        return rf.linear(y, self.projection, self.bias, activation="relu") + total
 
 
 class OwnModules(nn.Module):

@@ -194,7 +194,7 @@ class Functionals(nn.Module):
         y = rf.add_rms_norm(rf.rms_norm(y, [8], self.weight), y, [8], self.weight)
         y = rf.residual_add(y, total, self.bias, dropout_p=0.5, training=self.training)
         y = rf.bias_activation(y, self.bias, "gelu_tanh")
-        return rf.linear(y, self.projection, activation="relu", residual=total)
+        return rf.linear(y, self.projection, activation="relu") + total
 
 
 @pytest.mark.parametrize("kind", [OwnModules, Functionals])

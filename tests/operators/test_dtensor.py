@@ -289,13 +289,13 @@ def linear_and_attention(mesh):
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.debug import CommDebugMode
 
-    x, weight, bias, residual = torch.randn(3, 4, 8), torch.randn(6, 8), torch.randn(6), torch.randn(3, 4, 6)
-    expected = functional.linear(x, weight, bias, activation="relu", residual=residual)
-    for rows, outputs in [((Shard(1), Replicate(), Replicate(), Shard(1)), Shard(1)), (None, Shard(2))]:
-        places = rows or (Replicate(), Shard(0), Shard(0), Shard(2))
-        parts = [distribute(t, mesh, place) for t, place in zip((x, weight, bias, residual), places)]
+    x, weight, bias = torch.randn(3, 4, 8), torch.randn(6, 8), torch.randn(6)
+    expected = functional.linear(x, weight, bias, activation="relu")
+    for rows, outputs in [((Shard(1), Replicate(), Replicate()), Shard(1)), (None, Shard(2))]:
+        places = rows or (Replicate(), Shard(0), Shard(0))
+        parts = [distribute(t, mesh, place) for t, place in zip((x, weight, bias), places)]
         with torch.no_grad(), CommDebugMode() as communication:
-            y = functional.linear(*parts[:3], activation="relu", residual=parts[3])
+            y = functional.linear(*parts, activation="relu")
         assert not communication.get_total_counts() and y.placements == (outputs,)
         assert_same(y, expected)
     qkv, bounds = torch.randn(7, 3, 4, 8, requires_grad=True), torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -448,6 +448,7 @@ def test_in_two_processes(name, failures):
 
 def test_the_table_names_every_operator_that_does_not_write():
     operators = [each for each in torch._C._dispatch_get_all_op_names() if each.startswith("resnorm::")]
+    operators.remove("resnorm::encode")  # layers with DTensors for parameters do not become one operator
     assert {name.removeprefix("resnorm::") for name in operators if not name.endswith("_out")} == set(sharding._AXES)
     for name in sharding._AXES:
         schema = getattr(torch.ops.resnorm, name).default._schema

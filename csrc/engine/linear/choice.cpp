@@ -24,6 +24,12 @@ std::map<Shape, const LinearBackend*>& choices() {
   return map;
 }
 
+// Never destroyed: it may be Python's, which is gone earlier.
+Measurement& measurement() {
+  static auto* const function = new Measurement;
+  return *function;
+}
+
 const LinearBackend& chosen(const Shape& shape) {
   const std::shared_lock lock(mutex);
   const auto found = choices().find(shape);
@@ -76,6 +82,12 @@ const LinearBackend& linear_backend(at::ScalarType dtype, int64_t in_features, i
   const auto& override = linear_backend_override();
   const auto& wanted = override.empty() ? chosen({dtype, in_features, out_features}) : linear_backend_named(override);
   return in_features > 0 && out_features > 0 && wanted.supports(dtype) ? wanted : aten;
+}
+
+void set_measurement(Measurement function) { measurement() = std::move(function); }
+
+at::ScalarType fastest_product_dtype(const std::vector<LinearShape>& shapes) {
+  return measurement() ? measurement()(shapes) : shapes.front().dtype;
 }
 
 void set_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features, const LinearBackend& backend) {

@@ -2,6 +2,7 @@
 // Which backend multiplies: none is the fastest one on every CPU, so whoever has measured says it here.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,19 @@ namespace resnorm::engine {
 
 // ATen unless set_linear_backend or the environment (RESNORM_LINEAR=<name>, which wins) says another that can do it.
 const LinearBackend& linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features);
+
+// A linear layer as far as its speed depends on it.
+struct LinearShape {
+  at::ScalarType dtype;
+  int64_t in_features, out_features;
+};
+
+// What to multiply in, for layers of these shapes, of one dtype: float32 where the CPU has no fast products of the
+// half-precision one that they have. Measures first whatever has not been measured, by the function that
+// set_measurement was given; without one nothing is known.
+at::ScalarType fastest_product_dtype(const std::vector<LinearShape>& shapes);
+using Measurement = std::function<at::ScalarType(const std::vector<LinearShape>&)>;
+void set_measurement(Measurement measurement);
 
 // For the whole process.
 void set_linear_backend(at::ScalarType dtype, int64_t in_features, int64_t out_features, const LinearBackend& backend);

@@ -37,6 +37,7 @@ int64_t weight_fingerprint(const std::vector<at::Tensor>& weights) {
     mix(hash, reinterpret_cast<uintptr_t>(weight.storage().unsafeGetStorageImpl()));
     mix(hash, reinterpret_cast<uintptr_t>(weight.const_data_ptr()));
     mix(hash, static_cast<int>(weight.scalar_type()));
+    mix(hash, weight.is_neg());
     mix(hash, weight.is_inference() ? 0U : impl->version_counter().current_version());
     for (const auto size : weight.sizes()) mix(hash, size);
     for (const auto stride : weight.strides()) mix(hash, stride);

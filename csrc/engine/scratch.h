@@ -9,12 +9,12 @@ namespace resnorm::engine {
 
 // For layers of inputs of `input`'s shape, (rows, dim), and kind; products may be of another dtype, that of the
 // weights, as under autocast. Up to `kept_rows` rows it is the calling thread's, which keeps it until free_workspaces()
-// and has one: one Activations at a time.
-class Activations {
+// and has one: one Scratch at a time.
+class Scratch {
  public:
-  Activations(const Layers& layers, const Tensor& input, int64_t kept_rows);
-  Activations(const Activations&) = delete;
-  Activations& operator=(const Activations&) = delete;
+  Scratch(const Layers& layers, const Tensor& input, int64_t kept_rows);
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
   // Makes the next three as wide as `layer` has them, and their values undefined. To be called before they are used.
   void fit(const LayerWeights& layer);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "activations.h"
+#include "scratch.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -17,7 +17,7 @@ int64_t context_features(const LayerWeights& layer) { return layer.qkv.out_featu
 
 }  // namespace
 
-Activations::Activations(const Layers& layers, const Tensor& input, int64_t kept_rows)
+Scratch::Scratch(const Layers& layers, const Tensor& input, int64_t kept_rows)
     : rows_(input.size(0)), product_dtype_(layers.front()->qkv.weight.scalar_type()) {
   const auto dtype = input.scalar_type();
   const auto dim = input.size(1), state_bytes = bytes_of(dim, dtype);
@@ -42,7 +42,7 @@ Activations::Activations(const Layers& layers, const Tensor& input, int64_t kept
   }
 }
 
-void Activations::fit(const LayerWeights& layer) {
+void Scratch::fit(const LayerWeights& layer) {
   const auto qkv_features = layer.qkv.out_features, hidden_features = layer.intermediate.out_features;
   if (qkv.defined() && qkv.size(1) == qkv_features && hidden.size(1) == hidden_features) return;
   qkv = matrix(kept_bytes_, qkv_features, product_dtype_);
@@ -50,17 +50,17 @@ void Activations::fit(const LayerWeights& layer) {
   hidden = matrix(kept_bytes_, hidden_features, product_dtype_);
 }
 
-Tensor Activations::operand(const Tensor& x) const {
+Tensor Scratch::operand(const Tensor& x) const {
   if (x.scalar_type() == product_dtype_) return x;
   Tensor(update[0]).copy_(x);
   return update[0];
 }
 
-Tensor Activations::matrix(int64_t offset, int64_t cols, at::ScalarType dtype) const {
+Tensor Scratch::matrix(int64_t offset, int64_t cols, at::ScalarType dtype) const {
   return at::from_blob(memory_ + offset, {rows_, cols}, at::TensorOptions().dtype(dtype));
 }
 
-int64_t Activations::bytes_of(int64_t cols, at::ScalarType dtype) const {
+int64_t Scratch::bytes_of(int64_t cols, at::ScalarType dtype) const {
   constexpr int64_t kLine = cpu::kLineBytes;
   const auto bytes = rows_ * cols * static_cast<int64_t>(c10::elementSize(dtype));
   return (bytes + kLine - 1) / kLine * kLine;
