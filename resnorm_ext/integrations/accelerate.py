@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from ..engine.linear import LinearShape, choose_backends
 from ..engine.weights import forget_all_weights
 from ..modules.calls import Model
 from ..modules.padding import PaddingChoice, check_choice
-from . import torch_nn
+from . import models
+from .models import torch_nn
 from .quantization import register_for_quantization
 from .replace import (
     Finding,
@@ -35,11 +37,8 @@ from .replace import (
 
 T = TypeVar("T")
 
-# The integrations of a library's models, which only those models need that hold one of its modules.
-_INTEGRATIONS = {
-    f"transformers.models.{name}.modeling_{name}": name
-    for name in ("bert", "distilbert", "gpt2", "roberta", "vit", "xlm_roberta")
-}
+# The families of transformers' models that there is a file for, by how the names of the modules end that define them.
+FAMILIES = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.name != "torch_nn")
 _OLDEST_TRANSFORMERS = (5, 2)
 
 
@@ -47,12 +46,12 @@ def accelerate(model: T, *, padding: str = "auto") -> T:
     """Makes ``model`` faster in place, and returns it.
 
     What it recognises in this instance (``nn.LayerNorm`` and ``nn.RMSNorm``, ``nn.TransformerEncoder`` and its layers,
-    Hugging Face's BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2) goes on with this package's operators: in
-    inference with the fastest of three products for the linear layers, and text encoders on padding-free batches; in
-    training with fused dropout, residual add and norm. Parameters, state_dict keys, hooks, copies and pickles are as
-    before. A second call changes nothing but ``padding``; :func:`restore` puts everything back; :func:`report` tells
-    what was done, and which way the calls took since. That is decided at each call, so adapters, hooks, dtypes and
-    modes may change later.
+    Hugging Face's BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, DistilBERT, BART's encoder, ViT and GPT-2)
+    goes on with this package's operators: in inference with the fastest of three products for the linear layers, and
+    text encoders on padding-free batches, compiled and exported too; in training with fused dropout, residual add and
+    norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call changes nothing but
+    ``padding``; :func:`restore` puts everything back; :func:`report` tells what was done, and which way the calls took
+    since. That is decided at each call, so adapters, hooks, dtypes and modes may change later.
 
     Outputs equal the original's at every position that is not padded, within rounding. On the CPU a second, packed copy
     of the linear layers' weights may be kept for inference, made anew when they have changed; docs/accelerate.md says
@@ -140,19 +139,30 @@ def module_of(model: object) -> nn.Module:
 
 def integrations() -> Iterator[Integration]:
     yield torch_nn
-    libraries = [library for library in _INTEGRATIONS if library in sys.modules]
+    libraries = _libraries_in_use()
     if not libraries:
         return
     version = sys.modules["transformers"].__version__
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRANSFORMERS:
         needed = ".".join(map(str, _OLDEST_TRANSFORMERS))
-        yield Unusable(libraries, f"transformers {version} is installed, and {needed} or newer is needed")
+        yield Unusable(list(libraries), f"transformers {version} is installed, and {needed} or newer is needed")
         return
-    for library in libraries:
+    for library, family in libraries.items():
         try:
-            yield importlib.import_module(f".{_INTEGRATIONS[library]}", __package__).INTEGRATION
+            yield importlib.import_module(f".models.{family}", __package__).INTEGRATION
         except ImportError as error:
             yield Unusable([library], f"transformers {version} is not supported ({error})")
+
+
+def _libraries_in_use() -> dict[str, str]:
+    """The modules of transformers that there is a family for and that something has imported, as whoever holds a model
+    of theirs has, and the families."""
+    libraries = {library: library.rpartition(".modeling_")[2] for library in sorted(sys.modules)}
+    return {
+        library: family
+        for library, family in libraries.items()
+        if library.startswith("transformers.models.") and family in FAMILIES
+    }
 
 
 def findings(model: nn.Module) -> list[Finding]:
@@ -165,7 +175,7 @@ def linear_shapes(model: nn.Module) -> list[LinearShape]:
 
 def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, Callable, Callable]]:
     """The modules on text encoders whose calls may ask for padding, and the hooks by which they do."""
-    if f"{__package__}.packed_model" not in sys.modules:  # then there is no packed encoder either
+    if f"{__package__}.varlen" not in sys.modules:  # then there is no packed encoder either
         return
     from .heads import after_head, before_head, heads  # late: it needs transformers
 

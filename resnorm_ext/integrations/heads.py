@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..build.extension import assume_constant_result
 from ..modules.eligibility import is_eager
-from .packed_layers import reads_padding
-from .packed_model import PackedEncoder
+from .looped import StackLayer
+from .stack import READS_PADDING, reads_padding
+from .varlen import PackedEncoder
 
 _IGNORED = -100  # the label of positions that a loss leaves out, in torch and transformers
 
@@ -23,15 +25,17 @@ def heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of ``model`` whose forward takes labels and runs a packed encoder."""
     for module in model.modules():
         takes_labels = not {"labels", "start_positions"}.isdisjoint(_parameters(type(module)))
-        if takes_labels and any(isinstance(inner, PackedEncoder) for inner in module.modules()):
+        if takes_labels and any(isinstance(inner, PackedEncoder | StackLayer) for inner in module.modules()):
             yield module
 
 
-def before_head(head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a head."""
-    if torch.compiler.is_compiling():
-        return
+def before_head(head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a head. A call that is traced says by an argument, which transformers' heads hand on to what
+    they run, that its loss may read padded positions."""
     arguments = dict(zip(_parameters(type(head)), args, strict=False)) | kwargs
+    if torch.compiler.is_compiling():
+        says_so = _hands_arguments_on(type(head)) and _reads_padding(arguments)
+        return (args, kwargs | {READS_PADDING: True}) if says_so else None
     outer = _outside(head)
     reads_padding.set((*outer, (id(head), any(reads for _, reads in outer) or _reads_padding(arguments))))
 
@@ -57,17 +61,29 @@ def _reads_padding(arguments: dict[str, Any]) -> bool:
     labels, mask = arguments.get("labels"), arguments.get("attention_mask")
     if labels is None or mask is None:
         return False
-    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor) and is_eager(labels) and is_eager(mask)):
+    if not (isinstance(labels, Tensor) and isinstance(mask, Tensor)):
         return True
     if labels.dim() <= 2 and mask.dim() == 2 and labels.numel() == mask.numel() > mask.size(0):
+        if not (is_eager(labels) and is_eager(mask)):
+            return True
         return bool(((labels.reshape(mask.shape) != _IGNORED) & (mask == 0)).any())
     by_text = labels.numel() == mask.size(0) or (labels.dim() == 2 and labels.size(1) != mask.size(-1))
     return not by_text
 
 
-@cache
+@assume_constant_result
+def _hands_arguments_on(head: type[nn.Module]) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(head.forward).parameters.values())
+
+
+@assume_constant_result
 def _parameters(head: type[nn.Module]) -> tuple[str, ...]:
     """The names of the arguments of the forward, but for self."""
+    return _cached_parameters(head)
+
+
+@cache
+def _cached_parameters(head: type[nn.Module]) -> tuple[str, ...]:
     try:
         return tuple(inspect.signature(head.forward).parameters)[1:]
     except (TypeError, ValueError):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..engine.linear import LinearShape
+from ..engine.prepared import PREPARED
 from ..modules.calls import Model, forget_record, record, record_from_now
-from ..modules.linear import PREPARED
 from ..modules.originals import Originals, forwards
 from ..modules.padding import forget_choice
 

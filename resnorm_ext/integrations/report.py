@@ -14,10 +14,10 @@ from ..build.extension import extension
 from ..engine.linear import LinearShape, product_dtype
 from ..modules.calls import calls_of
 from ..modules.padding import PaddingChoice
-from .accelerate import findings, linear_shapes, module_of
+from .accelerate import FAMILIES, findings, linear_shapes, module_of
 from .replace import Finding, is_replaced, original_class
 
-KNOWN = "torch.nn's encoder and, of transformers, BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ViT and GPT-2"
+KNOWN = f"torch.nn's encoder and transformers' models of the types {', '.join(FAMILIES)}"
 _MOST_LINES = 8  # of a kind: all of it is to fit a screen
 
 
@@ -25,7 +25,7 @@ class Replaced(NamedTuple):
     """A module that :func:`accelerate` has replaced.
 
     Attributes:
-        obstacle: what keeps it from its fastest path at present, whatever the call.
+        reason: what keeps it from its fastest path at present, whatever the call.
         calls: how many of its calls took which path, by path and the reason why it was not the fastest.
         last: path and reason of the last call; None where there was none.
         padding: its choice, where it has one.
@@ -34,7 +34,7 @@ class Replaced(NamedTuple):
     name: str
     original: type[nn.Module]
     replacement: type[nn.Module]
-    obstacle: str | None
+    reason: str | None
     calls: dict[tuple[str, str | None], int] = {}  # noqa: RUF012
     last: tuple[str, str | None] | None = None
     padding: str | None = None
@@ -61,7 +61,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"replaced: {len(self.replaced)} modules"]
-        lines += _grouped((item.original.__name__, item.obstacle, item.name) for item in self.replaced)
+        lines += _grouped((item.original.__name__, item.reason, item.name) for item in self.replaced)
         if self.replaced and all(item.original is nn.LayerNorm for item in self.replaced):
             lines.append(f"  LayerNorm alone gains next to nothing; known encoders are {KNOWN}")
         lines += _section("calls:", self._call_lines())

@@ -27,6 +27,13 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Dynamo compiles a function at most eight times, and what is compiled here are so many models."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
@@ -111,6 +118,20 @@ def path_of(caplog) -> Callable[..., str]:
             function(*args, **kwargs)
         (message,) = [record.getMessage().partition(": ")[2] for record in caplog.records]
         return message.removeprefix("original, because ")
+
+    return call
+
+
+@pytest.fixture
+def ways_of(caplog) -> Callable[..., set[str]]:
+    """``path_of`` for any number of modules that choose."""
+
+    def call(function: Callable, *args, **kwargs) -> set[str]:
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="resnorm_ext"):
+            function(*args, **kwargs)
+        messages = [record.getMessage().partition(": ")[2] for record in caplog.records]
+        return {message.removeprefix("original, because ") for message in messages}
 
     return call
 

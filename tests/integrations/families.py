@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import nn
+from transformers.models.bart import modeling_bart
 from transformers.models.bert import modeling_bert
+from transformers.models.camembert import modeling_camembert
 from transformers.models.distilbert import modeling_distilbert
+from transformers.models.electra import modeling_electra
+from transformers.models.ernie import modeling_ernie
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.roberta import modeling_roberta
 from transformers.models.vit import modeling_vit
@@ -43,12 +47,16 @@ class Family:
         layers: the list of layers in it, by name; empty where the model is a layer.
         classes: those whose forwards the layers' inference stands for, in the library.
         first_linear: a linear layer in the model, by name.
+        layer_arguments: what a layer has to be given after the hidden states.
+        clamps_float16: whether its layers keep float16 outputs finite.
     """
 
     model: Callable[[], nn.Module]
     layers: str
     classes: tuple[type[nn.Module], ...]
     first_linear: str
+    layer_arguments: tuple = ()
+    clamps_float16: bool = False
 
     def build(self) -> nn.Module:
         return self.model().eval()
@@ -65,14 +73,27 @@ class Family:
         return (torch.randint(3, 100, (3, 9)),), {"attention_mask": MASK}
 
 
-def _bert_like(prefix: str, library) -> Family:
-    config = getattr(transformers, f"{prefix}Config")(**_SIZES)
+def _bert_like(prefix: str, library, **changes) -> Family:
+    config = getattr(transformers, f"{prefix}Config")(**(_SIZES | changes))
     roles = "SelfAttention SelfOutput Attention Intermediate Output Layer Encoder Embeddings Model".split()
     return Family(
         model=lambda: getattr(transformers, f"{prefix}Model")(config),
         layers="encoder.layer",
         classes=tuple(getattr(library, prefix + role) for role in roles),
         first_linear="encoder.layer.0.attention.self.query",
+    )
+
+
+def _bart() -> Family:
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "dropout": 0.0}
+    config = transformers.BartConfig(vocab_size=100, max_position_embeddings=40, init_std=0.3, **sizes)
+    return Family(
+        model=lambda: modeling_bart.BartEncoder(config),
+        layers="layers",
+        classes=(modeling_bart.BartAttention, modeling_bart.BartEncoderLayer, modeling_bart.BartEncoder),
+        first_linear="layers.0.self_attn.q_proj",
+        layer_arguments=(None,),  # the mask
+        clamps_float16=True,
     )
 
 
@@ -133,6 +154,10 @@ FAMILIES = {
     "BERT": _bert_like("Bert", modeling_bert),
     "RoBERTa": _bert_like("Roberta", modeling_roberta),
     "XLM-RoBERTa": _bert_like("XLMRoberta", modeling_xlm_roberta),
+    "CamemBERT": _bert_like("Camembert", modeling_camembert),
+    "ELECTRA": _bert_like("Electra", modeling_electra, embedding_size=24),
+    "ERNIE": _bert_like("Ernie", modeling_ernie, use_task_id=True),
+    "BART": _bart(),
     "DistilBERT": _distilbert(),
     "ViT": _vit(),
     "GPT-2": _gpt2(),

@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from resnorm_ext.build.extension import extension
-from resnorm_ext.engine import encode
 from resnorm_ext.integrations import accelerate, report
 
 from .conftest import MASKS, assert_same_at_real_positions, inputs, real_positions, tiny_config
@@ -237,7 +236,7 @@ def test_long_batches_go_through_in_chunks(pair, path_of, monkeypatch, backend):
     shapes = [(torch.float32, *shape) for shape in ((32, 96), (32, 32), (32, 64), (64, 32))]
     for shape in shapes:
         extension.set_linear_backend(*shape, backend)
-    monkeypatch.setattr(encode, "MAX_ROWS", 10)
+    monkeypatch.setattr(extension, "MAX_ROWS", 10)
     for mask in ("none", "right", "holes"):
         batch = inputs(mask)
         output = accelerated(**batch).last_hidden_state

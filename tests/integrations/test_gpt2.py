@@ -15,8 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
 from resnorm_ext import functional
-from resnorm_ext.integrations import accelerate, report, restore
-from resnorm_ext.integrations import transformers as library
+from resnorm_ext.integrations import accelerate, eligibility, report, restore
 
 from .gpt2_cases import MASKS, assert_same, batch_of, build
 
@@ -33,7 +32,7 @@ def attentions(monkeypatch) -> list[str]:
     # As transformers' own: another, or another function in torch, would be respected.
     sdpa = logged("sdpa", sdpa_attention_forward)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa)
-    monkeypatch.setattr(library, "sdpa_attention_forward", sdpa)
+    monkeypatch.setattr(eligibility, "sdpa_attention_forward", sdpa)
     return log
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from resnorm_ext.integrations import accelerate, restore
-from resnorm_ext.integrations.packed_layers import reads_padding
+from resnorm_ext.integrations.stack import reads_padding
 
 from .conftest import MASKS
 from .families import taken
@@ -239,3 +239,18 @@ def test_arguments_that_a_layer_reads(family):
     expected, actual = (each(**batch, position_bias=bias)[0] for each in (model, accelerated))
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
     assert not torch.allclose(expected, model(**batch)[0])
+
+
+@pytest.mark.parametrize("head", LABELS)
+@torch.no_grad()
+def test_losses_of_traced_calls(family, head):
+    """No value of a label may be read there, so padding is computed wherever a loss may read it."""
+    model = build(family, head)
+    accelerated, batch = accelerate(copy.deepcopy(model)), batch_of("right") | LABELS[head]
+    expected = model(**batch).loss
+    compiled = torch.compile(accelerated, backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss, expected, rtol=2e-4, atol=2e-4)
+    program = torch.export.export(accelerated, (), batch)
+    torch.testing.assert_close(program.module()(**batch).loss, expected, rtol=2e-4, atol=2e-4)
+    packs = "resnorm.encode.default" in [str(node.target) for node in program.graph.nodes]
+    assert packs == (head == "ForSequenceClassification")

@@ -79,7 +79,7 @@ class TestGradModeOn:
         for each in pair:
             layer = family.layer(each.requires_grad_(False))
             y = x.clone().requires_grad_()
-            output = layer(y)
+            output = layer(y, *family.layer_arguments)
             (output if isinstance(output, torch.Tensor) else output[0]).square().sum().backward()
             grads.append(y.grad)
         torch.testing.assert_close(grads[1], grads[0], rtol=2e-4, atol=2e-4)
@@ -134,13 +134,19 @@ def test_half_precision_checkpoints(family, dtype, faster, monkeypatch):
     monkeypatch.setattr(linear, "_seconds", seconds)
     model = family.build().to(dtype)
     accelerated = accelerate(copy.deepcopy(model), padding="skip")
-    batch = double(family.batch(model), dtype)
-    expected, actual = output_of(model, batch), output_of(accelerated, batch)
-    exact = output_of(copy.deepcopy(model).double(), double(batch))
-    assert actual.dtype == expected.dtype and taken(accelerated) <= FAST
-    real = real_positions(actual)
-    errors = [(each.double() - exact)[real].square().mean().sqrt() for each in (expected, actual)]
-    assert errors[1] <= 1.15 * errors[0]
+    exact_model = copy.deepcopy(model).double()
+    errors = torch.zeros(8, 2, dtype=torch.float64)  # of several batches: those of one are of a few values
+    for row in errors:
+        batch = double(family.batch(model), dtype)
+        expected, actual = output_of(model, batch), output_of(accelerated, batch)
+        exact = output_of(exact_model, double(batch))
+        clamps = family.clamps_float16 and dtype == torch.float16
+        paths = {("original", "float16 outputs are clamped")} if clamps else FAST
+        assert actual.dtype == expected.dtype and taken(accelerated) <= paths
+        real = real_positions(actual)
+        row.copy_(torch.stack([(each.double() - exact)[real].square().mean() for each in (expected, actual)]))
+    theirs, ours = errors.mean(0).sqrt()
+    assert ours <= 1.05 * theirs
 
 
 def real_positions(output: torch.Tensor) -> torch.Tensor:

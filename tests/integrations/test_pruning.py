@@ -18,10 +18,11 @@ from .test_originals import FAST
 HEAD_DIM = 8
 PROJECTIONS = {  # queries, keys, values and the output projection of a layer
     "BERT": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "BART": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
     "DistilBERT": ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     "ViT": ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
 }
-PROJECTIONS |= dict.fromkeys(("RoBERTa", "XLM-RoBERTa"), PROJECTIONS["BERT"])
+PROJECTIONS |= dict.fromkeys(("RoBERTa", "XLM-RoBERTa", "CamemBERT", "ELECTRA", "ERNIE"), PROJECTIONS["BERT"])
 
 
 def sliced(linear: nn.Linear, kept: torch.Tensor, dim: int) -> nn.Linear:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from resnorm_ext.engine import encode
+from resnorm_ext.build.extension import extension
+from resnorm_ext.engine import prepared
 from resnorm_ext.integrations import accelerate, report, restore
 
 vit = pytest.importorskip("transformers.models.vit.modeling_vit")
@@ -54,13 +55,13 @@ def test_inference(changes, implementation, debug):
     expected, actual = model(pixels), accelerated(pixels)
     for name in ("last_hidden_state", "pooler_output"):
         torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
     assert torch.equal(pixels, before)
 
 
 @torch.no_grad()
 def test_long_batches_go_in_chunks(monkeypatch):
-    monkeypatch.setattr(encode, "MAX_ROWS", 25)  # two images of ten positions
+    monkeypatch.setattr(extension, "MAX_ROWS", 25)  # two images of ten positions
     model = build()
     accelerated, pixels = accelerate(copy.deepcopy(model)), images(5)
     torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
@@ -74,7 +75,7 @@ def test_bfloat16(debug):
     exact = copy.deepcopy(model).float()(pixels.float()).last_hidden_state
     errors = [(each(pixels).last_hidden_state.float() - exact).pow(2).mean().sqrt() for each in (model, accelerated)]
     assert errors[1] <= 1.1 * errors[0]
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -86,7 +87,7 @@ def test_heads(head, implementation, debug):
     accelerated, pixels = accelerate(copy.deepcopy(model)), images()
     name = "logits" if head == "ForImageClassification" else "reconstruction"
     torch.testing.assert_close(accelerated(pixels)[name], model(pixels)[name], rtol=2e-5, atol=2e-5)
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
 
 
 @pytest.mark.parametrize("head", ["Model", "ForImageClassification"])
@@ -98,7 +99,7 @@ def test_images_of_several_sizes(head, debug):
         pixels = torch.randn(2, 3, height, width)
         expected, actual = (each(pixels, interpolate_pos_encoding=True)[0] for each in (model, accelerated))
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
     with pytest.raises(ValueError, match="doesn't match model"):
         accelerated(torch.randn(2, 3, 32, 40))
 
@@ -113,7 +114,7 @@ def test_masked_patches(debug):
     for name in ("loss", "reconstruction"):
         torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
     assert (expected.reconstruction - model(pixels).reconstruction).abs().max() > 0.1
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
 
 
 @pytest.mark.parametrize("by", ["argument", "config"])
@@ -130,6 +131,22 @@ def test_hidden_states_and_attentions_of_a_head(by):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
+class TwoLayers(vit.ViTModel):
+    def forward(self, pixel_values, **kwargs):
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers[:2]:
+            hidden_states = layer(hidden_states, None, **kwargs)
+        return (hidden_states,)
+
+
+@torch.no_grad()
+def test_a_loop_over_fewer_layers(debug):
+    model = TwoLayers(build().config).eval()
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+    assert ways_of(debug) == {"packed"}
+
+
 @torch.no_grad()
 def test_asking_for_hidden_states_leaves_no_trace(debug):
     """transformers collects them by hooks, which it leaves on the layers."""
@@ -138,7 +155,7 @@ def test_asking_for_hidden_states_leaves_no_trace(debug):
     accelerated(pixels, output_hidden_states=True)
     debug.clear()
     torch.testing.assert_close(accelerated(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
-    assert ways_of(debug) == {"fused"}
+    assert ways_of(debug) == {"packed"}
 
 
 def mask_patches(model, call) -> None:
@@ -216,6 +233,32 @@ def test_compiles_without_a_break():
         compiled = torch.compile(accelerate(copy.deepcopy(model)), fullgraph=True)
         pixels = images()
         torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_all_layers_are_exported_as_one_operator():
+    model, pixels = build(), images()
+    program = torch.export.export(accelerate(copy.deepcopy(model)), (pixels,))
+    assert [str(node.target) for node in program.graph.nodes].count("resnorm.encode.default") == 1
+    torch.testing.assert_close(program.module()(pixels)[0], model(pixels)[0], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_all_layers_run_in_one_call_and_one_by_itself(monkeypatch):
+    model = build()
+    accelerated, pixels = accelerate(copy.deepcopy(model)), images()
+    calls, encode = [], prepared.encode
+
+    def spy(tokens, cu_seqlens, layers, **options):
+        calls.append(len(layers))
+        return encode(tokens, cu_seqlens, layers, **options)
+
+    monkeypatch.setattr(prepared, "encode", spy)
+    accelerated(pixels)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(accelerated.layers[1](x), model.layers[1](x), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(accelerated.layers[0](x), model.layers[0](x), rtol=2e-5, atol=2e-5)
+    assert calls == [3, 1, 1]
 
 
 @torch.no_grad()

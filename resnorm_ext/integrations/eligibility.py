@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What Hugging Face's models have in common, for paths that compute what several of their modules do.
-
-A model's mask is known before its embeddings and used in its encoder. Between them the packed batch travels on the
-tensors themselves: a tensor that carries one is a new Python object, so calls in several threads cannot meet.
-"""
+"""Whether a call of one of Hugging Face's models may take a path that computes what several of its modules do, and what
+its masks say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..engine.packing import Packing, equal_bounds, packing_of
-from ..modules.eligibility import autocast_obstacle, has_global_hooks, is_eager, is_plain
+from ..modules.eligibility import autocast_reason, has_global_hooks, is_eager, is_plain
 from ..modules.originals import Originals
-
-if TYPE_CHECKING:
-    from .prepared import PreparedLayers
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -34,7 +27,11 @@ _CAPTURING_HOOK = ("transformers.utils.output_capturing", "output_capturing_hook
 
 def captures_outputs() -> bool:
     """Whether the model that is running now collects hidden states or attention weights by hooks."""
-    return _active_collector is not None and bool(_active_collector.get())
+    if _active_collector is None:
+        return False
+    # torch.compile cannot trace ContextVar.get, so transformers uses a global variable there.
+    traced = torch.compiler.is_dynamo_compiling()
+    return bool(_active_collector.global_var if traced else _active_collector.get())
 
 
 def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:
@@ -47,7 +44,7 @@ def _are_idle(hooks: Iterable[Callable]) -> bool:
     return kinds == {_CAPTURING_HOOK} and not captures_outputs()
 
 
-def mode_obstacle(x: Tensor, originals: Originals) -> str | None:
+def mode_reason(x: Tensor, originals: Originals) -> str | None:
     """What about the mode of this call on ``x`` keeps it from inference that stands for ``originals``."""
     if not is_eager(x):
         return "the call is traced or transformed"
@@ -55,20 +52,20 @@ def mode_obstacle(x: Tensor, originals: Originals) -> str | None:
         return f"the input is on {x.device}"
     if has_global_hooks():
         return "hooks for all modules are registered"
-    return autocast_obstacle() or originals.reason()
+    return autocast_reason() or originals.reason()
 
 
-def attention_obstacle(
+def attention_reason(
     configs: Iterable[PreTrainedConfig], eager_attention: Callable, *, is_causal: bool = False
 ) -> str | None:
     """What about the attention that any of ``configs`` asks for keeps a call from inference on fused operators: its
     implementation, or that it is causal where it must not be."""
     implementations = set()
     for config in configs:
-        if not is_causal and any(getattr(config, name, False) for name in ("is_decoder", "is_causal")):
+        if not is_causal and any(_is_set(config, name) for name in ("is_decoder", "is_causal")):
             return "the attention is causal"
         implementations.add(config._attn_implementation)
-        reason = implementation_obstacle(config, eager_attention)
+        reason = implementation_reason(config, eager_attention)
         if reason is not None:
             return reason
     if len(implementations) > 1:
@@ -76,7 +73,12 @@ def attention_obstacle(
     return None
 
 
-def implementation_obstacle(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
+def _is_set(config: PreTrainedConfig, flag: str) -> bool:
+    """``getattr(config, flag, False)``, but past a search that takes longer than a norm where there is none."""
+    return config.__dict__.get(flag, getattr(type(config), flag, False))
+
+
+def implementation_reason(config: PreTrainedConfig, eager_attention: Callable) -> str | None:
     """What about the implementation of attention that ``config`` names keeps a call from inference on fused operators:
     it is neither transformers' own eager attention nor its own by scaled_dot_product_attention."""
     implementation = config._attn_implementation
@@ -88,41 +90,6 @@ def implementation_obstacle(config: PreTrainedConfig, eager_attention: Callable)
         ALL_MASK_ATTENTION_FUNCTIONS.get(implementation),
     )
     return None if in_use == known[implementation] else f"{implementation} attention has been redefined"
-
-
-class PackedBatch(NamedTuple):
-    """A batch that is to go through ``layers`` without padding."""
-
-    layers: PreparedLayers
-    packing: Packing
-
-
-def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
-    """``tensor`` as a new object that carries ``batch``."""
-    alias = tensor.detach()
-    alias._resnorm_batch = batch
-    return alias
-
-
-def take_batch(tensor: Tensor | None) -> PackedBatch | None:
-    """The batch that ``tensor`` carries, and from now on no longer."""
-    return None if tensor is None else tensor.__dict__.pop("_resnorm_batch", None)
-
-
-def stand_in(tokens: Tensor, batch: PackedBatch) -> Tensor:
-    """``(batch_size, length, dim)`` for packed ``tokens``: shape, dtype and device for whoever asks, no values.
-
-    NaN throughout, so that a computation on it cannot go unnoticed.
-    """
-    shape = (batch.packing.batch_size, batch.packing.length, tokens.size(-1))
-    padded = tokens.new_full((), torch.nan).expand(shape)
-    padded._resnorm_batch, padded._resnorm_tokens = batch, tokens
-    return padded
-
-
-def stood_for(padded: Tensor) -> Tensor:
-    """The tokens that ``stand_in`` was given."""
-    return padded._resnorm_tokens
 
 
 def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int) -> Packing:

@@ -15,15 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
-from .. import functional
-from ..engine.encode import pre_norm_layer
-from ..engine.packing import equal_bounds
-from ..modules.calls import record
-from ..modules.eligibility import products_under_autocast
-from .fused_norm import NORMS, add, add_then_norm
-from .layer_kind import LayerKind
-from .pre_norm_layers import PreNormIntegration, layer_for_inference
-from .replace import Replacement, original_forward
+from ... import functional
+from ...engine.encode import pre_norm_layer
+from ...engine.packing import equal_bounds
+from ...modules.calls import record
+from ...modules.eligibility import products_under_autocast
+from ..block import add, add_then_norm, layer_for_inference
+from ..family import Family
+from ..replace import Replacement, original_forward
+from ..spec import TransformersLayer
 
 
 class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
@@ -61,11 +61,11 @@ class GPT2Block(Replacement, modeling_gpt2.GPT2Block):
         if _wants_grad(past_key_values, attention.layer_idx, attention_mask):
             record(self, "original", "a gradient of the cache or of the attention mask is wanted")
         elif not upcasts:
-            prepared = layer_for_inference(self, _KIND, hidden_states, arguments)
+            prepared = layer_for_inference(self, _LAYER, hidden_states, arguments)
         if prepared is not None:
             dtype = products_under_autocast(hidden_states.dtype) or hidden_states.dtype
             attend = partial(_attend, attention, past_key_values, attention_mask, hidden_states.shape, dtype, kwargs)
-            output = pre_norm_layer(prepared.tokens_of(hidden_states), prepared.layers[0], attend)
+            output = pre_norm_layer(prepared.in_stream(hidden_states.flatten(0, 1)), prepared.layers[0], attend)
             return output.to(hidden_states.dtype).view(hidden_states.shape)
         update, _ = attention(
             self.ln_1(hidden_states),
@@ -147,39 +147,30 @@ def _is_causal(
     return bool((seen == past).all() and (hidden != past).all())
 
 
-_LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-_KIND = LayerKind(
+_LAYER = TransformersLayer(
     types=(modeling_gpt2.GPT2Block, GPT2Block),
-    parts={
-        "ln_1": NORMS,
-        "attn": (modeling_gpt2.GPT2Attention,),
-        "attn.attn_dropout": (nn.Dropout,),
-        "attn.resid_dropout": (nn.Dropout,),
-        "ln_2": NORMS,
-        "mlp": (modeling_gpt2.GPT2MLP,),
-        "mlp.dropout": (nn.Dropout,),
-    }
-    | dict.fromkeys(_LINEARS, (Conv1D,)),
-    attention="attn",
-    head_dim="head_dim",
-    projections=_LINEARS[:1],
-    attention_dropout=("attn.attn_dropout", "p"),
-    attention_output="attn.c_proj",
-    attention_norm="ln_1",
-    intermediate="mlp.c_fc",
-    activation=("mlp", "act"),
-    output="mlp.c_proj",
-    feed_forward_norm="ln_2",
-    dropouts=("attn.resid_dropout", "mlp.dropout"),
-    eager_attention=modeling_gpt2.eager_attention_forward,
+    parts={"attn": (modeling_gpt2.GPT2Attention,), "mlp": (modeling_gpt2.GPT2MLP,)},
     linear=Conv1D,
+    attention="attn",
+    projections=("attn.c_attn.",),
     split_size="split_size",
+    attention_output="attn.c_proj.",
+    attention_norm="ln_1",
+    intermediate="mlp.c_fc.",
+    activation=("mlp", "act"),
+    output="mlp.c_proj.",
+    feed_forward_norm="ln_2",
+    dropouts=(("attn.attn_dropout", "p"), ("attn.resid_dropout", "p"), ("mlp.dropout", "p")),
+    norm_first=True,
+    transposed=True,
     is_causal=True,
 )
 
 
-def _exception(block: modeling_gpt2.GPT2Block) -> str | None:
-    return "cross-attention" if hasattr(block, "crossattention") else None
+def _left_alone(module: nn.Module) -> str | None:
+    return (
+        "cross-attention" if isinstance(module, modeling_gpt2.GPT2Block) and hasattr(module, "crossattention") else None
+    )
 
 
-INTEGRATION = PreNormIntegration(_KIND, GPT2Block, exception=_exception)
+INTEGRATION = Family(_LAYER, [GPT2Block], left_alone=_left_alone)

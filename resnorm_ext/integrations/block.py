@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Dropout, residual add and layer norm of a library's block in one pass, where its modules are as they were built."""
+"""A library's block on fused operators: dropout, residual add and layer norm in one pass, where its modules are as they
+were built."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..engine.prepared import PreparedLayers
 from ..modules import LayerNorm
+from ..modules.calls import record
 from ..modules.eligibility import has_global_hooks
 from ..modules.tracing import asks_for_original
 from ..recording import is_exported
-from .transformers import is_as_built
+from .eligibility import is_as_built
+from .spec import TransformersLayer
+from .stack import LayerStack, layers_to_run
 
 NORMS = (LayerNorm, nn.LayerNorm)
 
@@ -63,3 +71,21 @@ def _add_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     parameters = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return functional.add_layer_norm(update, residual, *parameters, prenorm=prenorm, **_dropout_arguments(dropout))
+
+
+def layer_for_inference(
+    layer: nn.Module, spec: TransformersLayer, x: Tensor, arguments: dict[str, Any]
+) -> PreparedLayers | None:
+    """The prepared ``layer``, whose attention is not the engine's, where its call on ``x`` with these further arguments
+    is inference on its weights alone. None where anything asks for the original computation."""
+    if torch.compiler.is_compiling():
+        return None
+    stack = LayerStack(layer, [layer], spec, layer, [], spec.originals, spec.names_read, "compute", "the layer")
+    prepared = layers_to_run(stack, x, x.dtype, arguments)
+    if not isinstance(prepared, str) and (x.dim() != 3 or not x.numel()):
+        prepared = f"the input is of shape {tuple(x.shape)}"
+    if isinstance(prepared, str):
+        record(layer, "original", prepared)
+        return None
+    record(layer, "fused")
+    return prepared

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .. import modules
-from ..engine.linear import LinearShape
-from ..modules.encoder import encoder_obstacle
-from ..modules.encoder_stack import obstacle
-from .replace import Finding, named_modules, original_class
+from ... import modules
+from ...engine.linear import LinearShape
+from ...modules.encoder import encoder_reason
+from ...modules.encoder_stack import LAYER, layer_reason
+from ..replace import Finding, named_modules, original_class
 
 _REPLACEMENTS = {
     nn.LayerNorm: modules.LayerNorm,
@@ -35,7 +35,7 @@ def find(model: nn.Module) -> Iterator[Finding]:
             else:
                 yield Finding(name, module, None, "outside an encoder layer its key and value may be another's")
         elif original in _REPLACEMENTS:
-            yield Finding(name, module, _REPLACEMENTS[original], _lasting_obstacle(module))
+            yield Finding(name, module, _REPLACEMENTS[original], _lasting_reason(module))
         elif isinstance(module, nn.TransformerDecoder | nn.TransformerDecoderLayer):
             yield Finding(name, module, None, "a decoder has cross-attention")
         elif isinstance(module, tuple(_REPLACEMENTS)) and not original.__module__.startswith(modules.__name__):
@@ -43,11 +43,11 @@ def find(model: nn.Module) -> Iterator[Finding]:
             yield Finding(name, module, None, f"a subclass of nn.{kind.__name__}, which may compute something else")
 
 
-def _lasting_obstacle(module: nn.Module) -> str | None:
+def _lasting_reason(module: nn.Module) -> str | None:
     """What keeps ``module`` from its fused path at every call, as it is now."""
     if isinstance(module, nn.TransformerEncoder):
-        return encoder_obstacle(module)
-    return obstacle(module) if isinstance(module, nn.TransformerEncoderLayer) else None
+        return encoder_reason(module)
+    return layer_reason(module) if isinstance(module, nn.TransformerEncoderLayer) else None
 
 
 def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
@@ -58,15 +58,8 @@ def hooks(model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
 def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
     """Of the linear layers of the encoder layers in ``model``."""
     for _, layer in _encoder_layers(model):
-        if obstacle(layer) is None and layer.linear1.weight.is_cpu:
-            attention = layer.self_attn
-            for weight in (
-                attention.in_proj_weight,
-                attention.out_proj.weight,
-                layer.linear1.weight,
-                layer.linear2.weight,
-            ):
-                yield LinearShape(weight.dtype, weight.size(1), weight.size(0))
+        if layer_reason(layer) is None and layer.linear1.weight.is_cpu:
+            yield from LAYER.shapes(layer)
 
 
 def _encoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

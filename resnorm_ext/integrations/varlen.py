@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hugging Face's text encoders from before the embeddings on: a pre-hook of the model packs the batch, the embeddings
+embed its tokens, the encoder runs its layers on them.
+
+The way a call takes is decided by the call: see ``layers_to_run`` for what keeps it from the packed path. The mask is
+known before the embeddings and used in the encoder. Between them the packed batch travels on the tensors themselves: a
+tensor that carries one is a new Python object, so calls in several threads cannot meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .. import functional
+from ..build.extension import assume_constant_result
+from ..engine.packing import pack
+from ..modules.originals import Originals, forwards
+from ..modules.padding import PaddingChoice
+from ..recording import is_exported
+from .block import NORMS
+from .eligibility import implementation_reason, is_as_built, packing_of_mask
+from .replace import Replacement, named_modules
+from .spec import TransformersLayer, names_read_by
+from .stack import (
+    LayerStack,
+    PackedBatch,
+    encode,
+    encode_packed,
+    encode_traced,
+    keys_only,
+    layers_to_run,
+    padding_reason,
+)
+
+# What of a model hands input_ids on to the embeddings, and the mask and the embeddings to the encoder.
+_MODEL_METHODS = ("forward", "_create_attention_masks")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """How a library's text encoder is made.
+
+    Attributes:
+        model: its class.
+        arguments: of its forward, in their order, as far as packing knows them.
+        embeddings: the class of its embeddings, and the one that takes their place.
+        encoder: the class that takes the encoder's place.
+        encoder_name: the attribute that holds the encoder.
+        layer: how the encoder's layers are made.
+        between: the attributes that may hold a linear layer between embeddings and encoder.
+    """
+
+    model: type[nn.Module]
+    arguments: tuple[str, ...]
+    embeddings: tuple[type[nn.Module], type[PackedEmbeddings]]
+    encoder: type[PackedEncoder]
+    encoder_name: str
+    layer: TransformersLayer
+    between: tuple[str, ...] = ()
+
+    @cached_property
+    def originals(self) -> Originals:
+        """What a packed call of the encoder stands for."""
+        return self.layer.originals + forwards(self.encoder.__bases__[-1])
+
+    @cached_property
+    def model_originals(self) -> Originals:
+        """What a packed call of the whole model stands for."""
+        functions = Originals(*((self.model, method) for method in _MODEL_METHODS if hasattr(self.model, method)))
+        embedding = forwards(self.embeddings[0], nn.Embedding) + Originals((F, "embedding"))
+        return self.originals + functions + embedding
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """The names of arguments that the encoder's forward or a layer's does anything with."""
+        return self.layer.names_read | names_read_by(self.encoder.__bases__[-1].forward)
+
+
+class PackedEncoder(Replacement, PaddingChoice, nn.Module):
+    """Runs all layers on packed tokens where nothing about the call and the layers stands against it.
+
+    Attributes:
+        padding: ``"auto"``: padded positions are skipped without grad, and are zeros, but where a loss reads them;
+            ``"skip"``: there too; ``"compute"``: they are computed. Where position 0 is hidden they are computed.
+        text_encoder: how its model is made.
+    """
+
+    chooses_path = True
+
+    text_encoder: TextEncoder
+
+    def layer_stack(self, owner: nn.Module | None = None) -> LayerStack:
+        text_encoder, config = self.text_encoder, self.attention_config()
+        configs = [] if config is None else [config]
+        return LayerStack(
+            owner=self if owner is None else owner,
+            layers=self.layer,
+            spec=text_encoder.layer,
+            caller=self,
+            configs=configs,
+            originals=text_encoder.originals,
+            names_read=text_encoder.names_read,
+            padding=self.padding,
+        )
+
+    def attention_config(self) -> PreTrainedConfig | None:
+        """What names the attention's implementation; None where that is not known."""
+        return self.config
+
+    def encode(self, hidden_states: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
+        """The last layer's output; None where the original computation is to run."""
+        if torch.compiler.is_compiling():
+            return encode_traced(
+                self, self, self.layer, self.text_encoder.layer, hidden_states, attention_mask, arguments
+            )
+        batch = take_batch(hidden_states)
+        if batch is not None:
+            return encode_packed(self.layer_stack(), _tokens_of(hidden_states), batch)
+        return encode(self.layer_stack(), hidden_states, attention_mask, arguments)
+
+
+class PackedEmbeddings(Replacement, nn.Module):
+    """Embeds only the tokens of a batch that ``hand_over_batch`` has packed."""
+
+    tables: tuple[str, ...] = ("word", "position")  # what these hold for a token is added up and normalised
+
+    def first_position(self) -> int:
+        """The position of a sequence's first token."""
+        return 0
+
+    def positions(self, input_ids: Tensor | None, length: int) -> Tensor:
+        """The positions where none are given, ``(batch_size or 1, length)``."""
+        return self.position_ids[:, :length]
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        position_ids: Tensor | None,
+        types: dict[str, Tensor | None] | None = None,
+    ) -> Tensor | None:
+        """A placeholder for the embeddings; None where the original computation is to run.
+
+        ``types`` are the ids for further tables, by their names; None, that the buffer of that name has them, or where
+        there is none that they are zeros.
+        """
+        batch = None if torch.compiler.is_compiling() else take_batch(inputs_embeds if input_ids is None else input_ids)
+        if batch is None:
+            return None
+        packing = batch.packing
+
+        def of_tokens(ids: Tensor) -> Tensor:
+            return ids.expand(packing.batch_size, packing.length).reshape(-1)[packing.indices]
+
+        positions = of_tokens(self.positions(input_ids, packing.length) if position_ids is None else position_ids)
+        if inputs_embeds is None:
+            words = F.embedding(of_tokens(input_ids), self.word_embeddings.weight)
+        else:
+            words = pack(inputs_embeds, packing)
+        for name, ids in (types or {}).items():
+            table = self._modules.get(f"{name}_embeddings")
+            if table is not None:
+                default = self._buffers.get(f"{name}_ids")
+                if ids is None:
+                    ids = torch.zeros_like(positions) if default is None else default[0, positions]
+                else:
+                    ids = of_tokens(ids)
+                words += F.embedding(ids, table.weight)
+        tokens = F.embedding(positions, self.position_embeddings.weight)
+        norm = self.LayerNorm
+        functional.add_layer_norm(tokens, words, norm.normalized_shape, norm.weight, norm.bias, norm.eps, out=tokens)
+        return _placeholder(tokens, batch)
+
+
+class PackedLinear(Replacement, nn.Linear):
+    """A linear layer between embeddings and encoder, of the tokens alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch = None if torch.compiler.is_compiling() or not isinstance(self, PackedLinear) else take_batch(input)
+        if batch is None:
+            return nn.Linear.forward(self, input)
+        return _placeholder(nn.Linear.forward(self, _tokens_of(input)), batch)
+
+
+def embeddings_as_built(embeddings: nn.Module, text_encoder: TextEncoder) -> bool:
+    parts, (_, replacement) = embeddings._modules, text_encoder.embeddings
+    tables = [parts[f"{name}_embeddings"] for name in replacement.tables if f"{name}_embeddings" in parts]
+    return (
+        is_as_built(embeddings, *text_encoder.embeddings)
+        and {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"} <= parts.keys()
+        and "position_ids" in embeddings._buffers
+        and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
+        and len({table.weight.dtype for table in tables}) == 1
+        and is_as_built(parts["LayerNorm"], *NORMS)
+        and tuple(parts["LayerNorm"].normalized_shape) == (tables[0].embedding_dim,)
+        and is_as_built(parts["dropout"], nn.Dropout)
+        and not (parts["dropout"].training and parts["dropout"].p > 0.0)
+    )
+
+
+_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
+
+
+def hand_over_batch(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the model: its input goes on carrying the packed batch, where there can be one.
+
+    Nobody reads the mask then. But the model would make one of length by length of it, which costs more than the
+    embeddings, so it goes on as one of four dimensions, which is taken as it is; so it does while torch.compile or
+    torch.export traces the call, which cannot pack here.
+    """
+    encoder = None if is_exported() else _encoder_of(model)
+    if encoder is None:
+        return None
+    text_encoder = encoder.text_encoder
+    given = dict(zip(text_encoder.arguments, args, strict=False))
+    if len(args) > len(given) or any(name in kwargs for name in given):
+        return None
+    arguments = given | kwargs
+    changed, mask = {}, arguments.get("attention_mask")
+    if not torch.compiler.is_compiling():
+        batch = _packed_batch_of_model(model, encoder, text_encoder, arguments)
+        if isinstance(batch, str):
+            return None
+        name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
+        changed[name] = _carrying(arguments[name], batch)
+    elif torch.is_grad_enabled() or _reason_while_traced(model) is not None:
+        return None
+    elif mask is None:  # of which the model would make one of length by length
+        x = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
+        mask = None if x is None else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    elif mask.dim() != 2:
+        return None
+    if mask is not None:
+        changed["attention_mask"] = keys_only(model, mask)
+    args = tuple(changed.get(name, value) for name, value in given.items())
+    return args, kwargs | {name: value for name, value in changed.items() if name not in given}
+
+
+def packing_hooks(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, Callable]]:
+    """The modules of ``model`` of this class that pack their batch, and the hook by which they do."""
+    for _, module in named_modules(model, kind):
+        if hand_over_batch in module._forward_pre_hooks.values() or _encoder_of(module) is not None:
+            yield module, hand_over_batch
+
+
+def _encoder_of(model: nn.Module) -> PackedEncoder | None:
+    """The encoder that the model's forward calls, if it packs."""
+    for name, child in model._modules.items():
+        if isinstance(child, PackedEncoder) and child.text_encoder.encoder_name == name:
+            return child
+    return None
+
+
+def _reason_of_model(model: nn.Module, text_encoder: TextEncoder) -> str | None:
+    """What of ``model`` may read its arguments before its embeddings and encoder do."""
+    changed = text_encoder.model_originals.reason()
+    if changed is not None:
+        return changed
+    for method in _MODEL_METHODS:
+        original = getattr(text_encoder.model, method, None)
+        if method in model.__dict__ or getattr(type(model), method, None) is not original:
+            return f"the model has a {method} of its own"
+    if next(reversed(model._forward_pre_hooks.values())) is not hand_over_batch:
+        return "another pre-hook comes later"
+    return None
+
+
+@assume_constant_result
+def _reason_while_traced(model: nn.Module) -> str | None:
+    return _reason_of_model(model, _encoder_of(model).text_encoder)
+
+
+def _packed_batch_of_model(
+    model: nn.Module, encoder: PackedEncoder, text_encoder: TextEncoder, arguments: dict[str, Any]
+) -> PackedBatch | str:
+    """What the model's call with these arguments packs; or why the embeddings cannot be packed.
+
+    Where only they cannot, the encoder will still find out that it can.
+    """
+    changed = _reason_of_model(model, text_encoder)
+    if changed is not None:
+        return changed
+    if any(arguments.get(flag, getattr(model.config, flag, False)) for flag in _OUTPUT_FLAGS):
+        return "hidden states or attention weights are asked for"
+    embeddings = model.embeddings
+    if not is_as_built(encoder, text_encoder.encoder) or not embeddings_as_built(embeddings, text_encoder):
+        return "embeddings or encoder have hooks or are not as they were built"
+    between = [model._modules[name] for name in text_encoder.between if name in model._modules]
+    if not all(is_as_built(module, PackedLinear) for module in between):
+        return "what lies between embeddings and encoder is not as it was built"
+    x = arguments.get("input_ids")
+    x = arguments.get("inputs_embeds") if x is None else x
+    key_mask = arguments.get("attention_mask")
+    if x is None or x.dim() < 2 or x.size(1) + embeddings.first_position() > embeddings.position_ids.size(1):
+        return "the arguments are not valid"
+    stack = encoder.layer_stack()
+    if stack.configs != [model.config]:  # by whose implementation the mask is made
+        reason = implementation_reason(model.config, stack.spec.eager_attention)
+        if reason is not None:
+            return reason
+    others = {name: value for name, value in arguments.items() if name not in (*text_encoder.arguments, "use_cache")}
+    dtype = embeddings.word_embeddings.weight.dtype
+    outer = (*embeddings.parameters(), *(parameter for module in between for parameter in module.parameters()))
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in outer):
+        return "grad mode is on and the embeddings require grad: use torch.no_grad()"
+    layers = layers_to_run(stack, x, dtype, others)
+    if isinstance(layers, str):
+        return layers
+    if key_mask is not None:
+        if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2]:
+            return "the attention mask is not that of a padded batch"
+        key_mask = key_mask.to(torch.bool)
+    return padding_reason(stack, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))
+
+
+def _carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
+    """``tensor`` as a new object that carries ``batch``."""
+    alias = tensor.detach()
+    alias._resnorm_batch = batch
+    return alias
+
+
+def take_batch(tensor: Tensor | None) -> PackedBatch | None:
+    """The batch that ``tensor`` carries, and from now on no longer."""
+    return None if tensor is None else tensor.__dict__.pop("_resnorm_batch", None)
+
+
+def _placeholder(tokens: Tensor, batch: PackedBatch) -> Tensor:
+    """``(batch_size, length, dim)`` for packed ``tokens``: shape, dtype and device for whoever asks, no values.
+
+    NaN throughout, so that a computation on it cannot go unnoticed.
+    """
+    shape = (batch.packing.batch_size, batch.packing.length, tokens.size(-1))
+    padded = tokens.new_full((), torch.nan).expand(shape)
+    padded._resnorm_batch, padded._resnorm_tokens = batch, tokens
+    return padded
+
+
+def _tokens_of(placeholder: Tensor) -> Tensor:
+    """The tokens that ``_placeholder`` was given."""
+    return placeholder._resnorm_tokens
