@@ -22,13 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer
 
 import resnorm_ext
+from resnorm_ext.build.extension import extension
 from resnorm_ext.demo.command import bundled_model
 from resnorm_ext.demo.encode import tokenize
 from resnorm_ext.demo.texts import standard_library_texts
-from resnorm_ext.engine.encode import MAX_ROWS, encode
 from resnorm_ext.engine.packing import pack, packing_of
-from resnorm_ext.integrations.bert import CLASSES
-from resnorm_ext.integrations.prepared import prepared_layers
+from resnorm_ext.engine.prepared import prepared_layers
 
 BATCH_SIZE = 32
 ACCELERATED, STACK, PRODUCTS = "accelerated", "encoder stack, packed in and out", "its products alone"
@@ -78,12 +77,13 @@ def contenders(original: nn.Module, accelerated: nn.Module) -> dict[str, Callabl
         if type(module) is nn.LayerNorm:
             module.__class__ = resnorm_ext.LayerNorm
     encoder, dtype = accelerated.encoder, original.dtype
-    layers = prepared_layers(encoder, encoder.layer, CLASSES.kind, dtype)
+    with torch.no_grad():
+        layers = prepared_layers(encoder, encoder.layer, encoder.text_encoder.layer, torch.empty(0), dtype)
 
     def stack(batch) -> Callable[[], Tensor]:
         packing = packing_of(batch["attention_mask"].bool())
         tokens = pack(original.embeddings(batch["input_ids"], batch["token_type_ids"]), packing)
-        return lambda: encode(tokens, packing.cu_seqlens, layers)
+        return lambda: layers.encode(tokens, packing.cu_seqlens)
 
     return {
         "Hugging Face": lambda batch: lambda: original(**batch),
@@ -94,15 +94,15 @@ def contenders(original: nn.Module, accelerated: nn.Module) -> dict[str, Callabl
         ),
         ACCELERATED: lambda batch: lambda: accelerated(**batch),
         STACK: stack,
-        PRODUCTS: lambda batch: lambda: _multiply(layers, int(batch["attention_mask"].sum()), dtype),
+        PRODUCTS: lambda batch: lambda: _multiply(layers.layers, int(batch["attention_mask"].sum()), dtype),
     }
 
 
 def _multiply(layers: list, tokens: int, dtype: torch.dtype) -> None:
     """As many rows as there are tokens through every matrix product of the layers."""
-    x, hidden = (torch.ones(MAX_ROWS, width, dtype=dtype) for width in (384, 1536))
-    for begin in range(0, tokens, MAX_ROWS):
-        rows = min(MAX_ROWS, tokens - begin)
+    x, hidden = (torch.ones(extension.MAX_ROWS, width, dtype=dtype) for width in (384, 1536))
+    for begin in range(0, tokens, extension.MAX_ROWS):
+        rows = min(extension.MAX_ROWS, tokens - begin)
         for layer in layers:
             for linear, operand in (
                 (layer.qkv, x),
