@@ -45,7 +45,7 @@ class LayerCheck {
     return out_features;
   }
 
-  // Returns in_features too, to which the updates are added.
+  // The same for one whose output is added to the input.
   void update(const char* name, const LinearParameters& linear_parameters, const c10::SymInt& in_features) const {
     const auto out_features = linear(name, linear_parameters, in_features);
     TORCH_CHECK(out_features == input_.sym_size(2), "Expected ", name, " of layer ", layer_, " to have ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -170,25 +171,28 @@ class LayerSpec:
         for layer in layers:
             if self.lasting_reason(layer) is not None or self.reason_in_inference(layer, dtype) is not None:
                 return None
-        options = {self.options(layer) for layer in layers}
-        alike = len(options) == 1 and not self.transposed
-        return next((each for each in options if alike and each.attention_eps == each.feed_forward_eps), None)
+        first, *others = map(self.options, layers)
+        one_eps = first.attention_eps == first.feed_forward_eps
+        return first if one_eps and all(each == first for each in others) and not self.transposed else None
 
     def traced_values(self, layers: Sequence[nn.Module]) -> tuple[bool | str, ...]:
-        """What may change in ``layers`` beside their parts and parameters: read where torch.compile sees it, so that it
-        traces the call again when it finds another value. Numbers by their digits: it makes variables of those."""
+        """What may change in ``layers``, which need not be as they were built, beside their parts and parameters: read
+        where torch.compile sees it, so that it traces the call again when it finds another value. Numbers by their
+        digits: it makes variables of those."""
         values: list[bool | str] = []
         for layer in layers:
-            values += [module_at(layer, name).training for name, _ in self.dropouts]
-            numbers = [_value(layer, place) for place in self.dropouts]
-            numbers += [module_at(layer, name).eps for name in self.norms()]
+            values += [getattr(module_at(layer, name), "training", False) for name, _ in self.dropouts]
+            numbers = [getattr(module_at(layer, name), rate, 0.0) for name, rate in self.dropouts]
+            numbers += [getattr(module_at(layer, name), "eps", 0.0) for name in self.norms()]
             if self.scaling is not None:
-                numbers.append(getattr(module_at(layer, self.attention), self.scaling))
+                numbers.append(getattr(module_at(layer, self.attention), self.scaling, 0.0))
             values += [float(number).hex() for number in numbers]
             if self.norm_first is None:
                 values.append(bool(layer.norm_first))
-            activation = _value(layer, self.activation)
-            values.append(type(activation).__name__ if isinstance(activation, nn.Module) else activation.__name__)
+            name, attribute = self.activation
+            activation = getattr(module_at(layer, name), attribute, None)
+            is_function = isinstance(activation, FunctionType | BuiltinFunctionType)
+            values.append(activation.__name__ if is_function else type(activation).__name__)
         return tuple(values)
 
     def shapes(self, layer: nn.Module) -> list[LinearShape]:

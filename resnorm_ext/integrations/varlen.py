@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from transformers import PreTrainedConfig
 
 from .. import functional
@@ -184,6 +185,8 @@ class PackedLinear(Replacement, nn.Linear):
     """A linear layer between embeddings and encoder, of the tokens alone."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return F.linear(input, self.weight, self.bias)
         batch = None if torch.compiler.is_compiling() or not isinstance(self, PackedLinear) else take_batch(input)
         if batch is None:
             return nn.Linear.forward(self, input)

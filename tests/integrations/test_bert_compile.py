@@ -441,6 +441,24 @@ def test_hooks_of_all_modules_are_called(pair):
         handle.remove()
 
 
+@pytest.mark.parametrize("name", ["attention.self.dropout", "output.dropout", "output.LayerNorm", "output"])
+@torch.no_grad()
+def test_parts_of_another_kind(pair, name):
+    """As those who deploy models take dropouts out."""
+
+    class First(nn.Identity):
+        def forward(self, x, *_):
+            return x if x.size(-1) == 32 else x[..., :32]
+
+    for each in pair:
+        parent, _, child = name.rpartition(".")
+        setattr(each.encoder.layer[0].get_submodule(parent), child, First())
+    model, accelerated = pair
+    batch = inputs("right")
+    output = torch.compile(accelerated, fullgraph=True, backend="eager")(**batch).last_hidden_state
+    assert_same_at_real_positions(output, model(**batch).last_hidden_state, batch)
+
+
 @torch.no_grad()
 def test_another_activation_takes_effect(pair):
     model, accelerated = pair

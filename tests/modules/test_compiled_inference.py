@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -104,11 +105,15 @@ def other_eps(encoder: nn.Module) -> None:
     encoder.layers[1].norm2.eps = 0.1
 
 
+def unnamed_activation(encoder: nn.Module) -> None:
+    encoder.layers[0].activation = functools.partial(nn.functional.gelu, approximate="tanh")
+
+
 def computed(encoder: nn.Module) -> None:
     encoder.padding = "compute"
 
 
-@pytest.mark.parametrize("change", [hooked, half_pre_norm, other_eps, computed])
+@pytest.mark.parametrize("change", [hooked, half_pre_norm, other_eps, unnamed_activation, computed])
 @torch.no_grad()
 def test_what_is_no_one_operator_is_computed_as_before(change):
     encoder, graphs = build(), Graphs()
