@@ -8,6 +8,7 @@
 #include "encode.h"
 #include "layer_cache.h"
 #include "linear/choice.h"
+#include "text.h"
 
 namespace resnorm::engine {
 
@@ -56,6 +57,37 @@ void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64
   set_linear_backend(dtype, in_features, out_features, linear_backend_named(name));
 }
 
+// Detached, so that nothing that is kept refers to a parameter.
+TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Tensor& position_ids,
+                         std::optional<int64_t> padding_id, const std::vector<std::pair<Tensor, OptionalTensor>>& types,
+                         const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                         std::optional<PreparedLinear> projection, Layers layers, at::ScalarType stream,
+                         std::optional<PreparedLinear> pooler) {
+  TextEncoder encoder{words.detach(),
+                      positions.detach(),
+                      position_ids.detach(),
+                      padding_id,
+                      {},
+                      {norm_weight.detach(), norm_bias.detach(), eps},
+                      std::move(projection),
+                      std::move(layers),
+                      stream,
+                      std::move(pooler)};
+  for (const auto& [weight, default_ids] : types) {
+    encoder.types.push_back({weight.detach(), default_ids.has_value() ? OptionalTensor(default_ids->detach()) : std::nullopt});
+  }
+  return encoder;
+}
+
+std::optional<std::pair<Tensor, OptionalTensor>> encode_text_to_pair(const TextEncoder& encoder, const Tensor& ids,
+                                                                     const OptionalTensor& mask,
+                                                                     const OptionalTensor& type_ids,
+                                                                     bool skip_padding) {
+  auto output = encode_text(encoder, ids, mask, type_ids, skip_padding);
+  if (!output.has_value()) return std::nullopt;
+  return {{std::move(output->hidden), std::move(output->pooled)}};
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -82,6 +114,12 @@ void bind(py::module_& m) {
   m.def("clear_layer_cache", torch::wrap_pybind_function_no_gil(clear_layer_cache));
   m.attr("MAX_ROWS") = kMaxRows;
   m.def("encode", torch::wrap_pybind_function_no_gil(encode));
+  py::class_<TextEncoder>(m, "TextEncoder")
+      .def(py::init(torch::wrap_pybind_function(text_encoder)), py::kw_only(), py::arg("words"), py::arg("positions"),
+           py::arg("position_ids"), py::arg("padding_id"), py::arg("types"), py::arg("norm_weight"),
+           py::arg("norm_bias"), py::arg("eps"), py::arg("projection"), py::arg("layers"), py::arg("stream"),
+           py::arg("pooler"));
+  m.def("encode_text", torch::wrap_pybind_function_no_gil(encode_text_to_pair));
   m.def("pre_norm_layer", torch::wrap_pybind_function_no_gil(pre_norm_layer));
 }
 

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 
 from .block import add_norm
 from .family import Family
 from .replace import Replacement, original_forward
 from .spec import TransformersLayer
+from .text_model import text_model
 from .varlen import PackedEmbeddings, PackedEncoder, TextEncoder
 
 
@@ -44,13 +48,13 @@ class BertLikeEmbeddings(PackedEmbeddings):
 class PositionsFromTokens(BertLikeEmbeddings):
     """Numbers the tokens that are not padding, from the one after the padding's own number on."""
 
-    def first_position(self) -> int:
-        return self.padding_idx + 1
+    def padding_id(self) -> int:
+        return self.padding_idx
 
     def positions(self, input_ids: Tensor | None, length: int) -> Tensor:
         if input_ids is None:
             device = self.word_embeddings.weight.device
-            return torch.arange(self.first_position(), self.first_position() + length, device=device).unsqueeze(0)
+            return torch.arange(1, length + 1, device=device).unsqueeze(0) + self.padding_idx
         real = input_ids.ne(self.padding_idx).int()
         return (real.cumsum(1, dtype=torch.int32) * real).long() + self.padding_idx
 
@@ -114,11 +118,14 @@ def bert_like(
         between: the model's linear layers between embeddings and encoder, by name.
     """
 
+    def importable(replacement: type[nn.Module]) -> type[nn.Module]:
+        setattr(sys.modules[name], replacement.__name__, replacement)
+        return replacement
+
     def replaced(suffix: str, base: type[nn.Module]) -> tuple[type[nn.Module], type[nn.Module]]:
         original = getattr(library, prefix + suffix)
-        replacement = type(original.__name__, (base, original), {"__module__": name, "__doc__": base.__doc__})
-        setattr(sys.modules[name], original.__name__, replacement)
-        return original, replacement
+        members = {"__module__": name, "__doc__": base.__doc__}
+        return original, importable(type(original.__name__, (base, original), members))
 
     def original(suffix: str) -> tuple[type[nn.Module]]:
         return (getattr(library, prefix + suffix),)
@@ -146,6 +153,7 @@ def bert_like(
         dropouts=(("attention.self.dropout", "p"), ("attention.output.dropout", "p"), ("output.dropout", "p")),
         methods=(("", "feed_forward_chunk"),),
     )
+    pooler = getattr(library, f"{prefix}Pooler", None)
     text_encoder = TextEncoder(
         model=getattr(library, f"{prefix}Model"),
         arguments=arguments,
@@ -154,12 +162,19 @@ def bert_like(
         encoder_name="encoder",
         layer=layer,
         between=between,
+        output=BaseModelOutputWithPastAndCrossAttentions
+        if pooler is None
+        else BaseModelOutputWithPoolingAndCrossAttentions,
+        pooler=pooler,
     )
     encoder[1].text_encoder = text_encoder
     (cross_attention,) = original("CrossAttention")
     return Family(
         layer,
-        [replacement for _, replacement in (self_output, output, embeddings_classes, encoder)],
+        [
+            *(replacement for _, replacement in (self_output, output, embeddings_classes, encoder)),
+            importable(text_model(text_encoder, name)),
+        ],
         text_encoder=text_encoder,
         left_alone=lambda module: "cross-attention" if isinstance(module, cross_attention) else None,
     )

@@ -18,9 +18,9 @@ from ..modules.eligibility import autocast_reason, has_global_hooks, is_eager, i
 from ..modules.originals import Originals
 
 try:
-    from transformers.utils.output_capturing import _active_collector
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
 except ImportError:  # the first releases of transformers 5 collect by a forward of the instance, which is seen anyway
-    _active_collector = None
+    _CAN_RECORD_REGISTRY = _active_collector = None
 
 _CAPTURING_HOOK = ("transformers.utils.output_capturing", "output_capturing_hook")
 
@@ -32,6 +32,13 @@ def captures_outputs() -> bool:
     # torch.compile cannot trace ContextVar.get, so transformers uses a global variable there.
     traced = torch.compiler.is_dynamo_compiling()
     return bool(_active_collector.global_var if traced else _active_collector.get())
+
+
+def register_outputs(model: type[nn.Module]) -> None:
+    """Lets instances of ``model`` collect hidden states and attention weights: transformers registers classes by their
+    names, as it builds instances."""
+    if _CAN_RECORD_REGISTRY is not None:
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(model), model._can_record_outputs)
 
 
 def is_as_built(module: nn.Module | None, *types: type[nn.Module]) -> bool:

@@ -14,7 +14,8 @@ from .looped import announce_stack
 from .replace import Finding, Replacement, named_modules, original_class
 from .spec import TransformersLayer
 from .stack import lasting_reason
-from .varlen import PackedLinear, TextEncoder, embeddings_as_built, packing_hooks
+from .text_model import TextModel, packing_hooks
+from .varlen import PackedLinear, TextEncoder, embeddings_as_built
 
 
 class Family:
@@ -44,6 +45,8 @@ class Family:
                 names = list(inspect.signature(looped.forward).parameters)
                 replacement.mask_position = names.index("attention_mask") - 1  # self is no argument
         self.replacements = {replacement._original: replacement for replacement in replacements}
+        # A subclass of a text model packs by a hook.
+        self._refused = tuple(each for each, by in self.replacements.items() if not issubclass(by, TextModel))
         # Now, before anybody replaces one for a while.
         self.originals: Originals = layer.originals if text_encoder is None else text_encoder.model_originals
 
@@ -63,7 +66,7 @@ class Family:
                 yield Finding(name, module, None, reason)
             elif replacement is not None:
                 yield Finding(name, module, replacement, self._lasting_reason(module))
-            elif isinstance(module, tuple(self.replacements)):
+            elif isinstance(module, self._refused):
                 yield Finding(name, module, None, "a subclass, which may compute something else")
 
     def hooks(self, model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:

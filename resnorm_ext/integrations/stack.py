@@ -145,11 +145,14 @@ def padding_reason(stack: LayerStack, key_mask: Tensor | None) -> str | None:
         return None
     if hides_first_position(key_mask, of_any_sequence=stack.padding != "skip"):
         return "position 0 is hidden, as by padding on the left, and may be read"
-    if stack.padding == "compute" and not key_mask.all():
-        return "padding is to be computed"
-    if stack.padding == "auto" and any(reads for _, reads in reads_padding.get()) and not key_mask.all():
-        return "the loss reads padded positions"
+    if may_read_padding(stack.padding) and not key_mask.all():
+        return "padding is to be computed" if stack.padding == "compute" else "the loss reads padded positions"
     return None
+
+
+def may_read_padding(choice: str) -> bool:
+    """Whether, with this choice about padding, somebody may want what is computed there."""
+    return choice == "compute" or (choice == "auto" and any(reads for _, reads in reads_padding.get()))
 
 
 def encode_packed(stack: LayerStack, tokens: Tensor, batch: PackedBatch) -> Tensor:

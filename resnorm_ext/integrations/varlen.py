@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face's text encoders from before the embeddings on: a pre-hook of the model packs the batch, the embeddings
+"""Hugging Face's text encoders from before the embeddings on: the model packs the batch (text_model.py), the embeddings
 embed its tokens, the encoder runs its layers on them.
 
 The way a call takes is decided by the call: see ``layers_to_run`` for what keeps it from the packed path. The mask is
@@ -9,7 +9,6 @@ tensor that carries one is a new Python object, so calls in several threads cann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting
 from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from .. import functional
-from ..build.extension import assume_constant_result
 from ..engine.packing import pack
 from ..modules.originals import Originals, forwards
 from ..modules.padding import PaddingChoice
-from ..recording import is_exported
 from .block import NORMS
-from .eligibility import implementation_reason, is_as_built, packing_of_mask
-from .replace import Replacement, named_modules
+from .eligibility import is_as_built
+from .replace import Replacement
 from .spec import TransformersLayer, names_read_by
 from .stack import (
     LayerStack,
@@ -36,13 +35,10 @@ from .stack import (
     encode,
     encode_packed,
     encode_traced,
-    keys_only,
-    layers_to_run,
-    padding_reason,
 )
 
 # What of a model hands input_ids on to the embeddings, and the mask and the embeddings to the encoder.
-_MODEL_METHODS = ("forward", "_create_attention_masks")
+MODEL_METHODS = ("forward", "_create_attention_masks")
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,8 @@ class TextEncoder:
         encoder_name: the attribute that holds the encoder.
         layer: how the encoder's layers are made.
         between: the attributes that may hold a linear layer between embeddings and encoder.
+        output: what its forward returns.
+        pooler: the class of its pooler, if it may have one.
     """
 
     model: type[nn.Module]
@@ -66,6 +64,8 @@ class TextEncoder:
     encoder_name: str
     layer: TransformersLayer
     between: tuple[str, ...] = ()
+    output: type[ModelOutput] = BaseModelOutput
+    pooler: type[nn.Module] | None = None
 
     @cached_property
     def originals(self) -> Originals:
@@ -75,9 +75,9 @@ class TextEncoder:
     @cached_property
     def model_originals(self) -> Originals:
         """What a packed call of the whole model stands for."""
-        functions = Originals(*((self.model, method) for method in _MODEL_METHODS if hasattr(self.model, method)))
-        embedding = forwards(self.embeddings[0], nn.Embedding) + Originals((F, "embedding"))
-        return self.originals + functions + embedding
+        functions = Originals(*((self.model, method) for method in MODEL_METHODS if hasattr(self.model, method)))
+        others = forwards(self.embeddings[0], nn.Embedding, *([] if self.pooler is None else [self.pooler]), nn.Tanh)
+        return self.originals + functions + others + Originals((F, "embedding"))
 
     @cached_property
     def names_read(self) -> frozenset[str]:
@@ -129,13 +129,14 @@ class PackedEncoder(Replacement, PaddingChoice, nn.Module):
 
 
 class PackedEmbeddings(Replacement, nn.Module):
-    """Embeds only the tokens of a batch that ``hand_over_batch`` has packed."""
+    """Embeds only the tokens of a batch that the model has packed."""
 
     tables: tuple[str, ...] = ("word", "position")  # what these hold for a token is added up and normalised
 
-    def first_position(self) -> int:
-        """The position of a sequence's first token."""
-        return 0
+    def padding_id(self) -> int | None:
+        """The id whose tokens are not counted by the positions of the others, which come after its number; None where
+        positions are ``position_ids``, whatever the ids."""
+        return None
 
     def positions(self, input_ids: Tensor | None, length: int) -> Tensor:
         """The positions where none are given, ``(batch_size or 1, length)``."""
@@ -209,122 +210,7 @@ def embeddings_as_built(embeddings: nn.Module, text_encoder: TextEncoder) -> boo
     )
 
 
-_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
-
-
-def hand_over_batch(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the model: its input goes on carrying the packed batch, where there can be one.
-
-    Nobody reads the mask then. But the model would make one of length by length of it, which costs more than the
-    embeddings, so it goes on as one of four dimensions, which is taken as it is; so it does while torch.compile or
-    torch.export traces the call, which cannot pack here.
-    """
-    encoder = None if is_exported() else _encoder_of(model)
-    if encoder is None:
-        return None
-    text_encoder = encoder.text_encoder
-    given = dict(zip(text_encoder.arguments, args, strict=False))
-    if len(args) > len(given) or any(name in kwargs for name in given):
-        return None
-    arguments = given | kwargs
-    changed, mask = {}, arguments.get("attention_mask")
-    if not torch.compiler.is_compiling():
-        batch = _packed_batch_of_model(model, encoder, text_encoder, arguments)
-        if isinstance(batch, str):
-            return None
-        name = "inputs_embeds" if arguments.get("input_ids") is None else "input_ids"
-        changed[name] = _carrying(arguments[name], batch)
-    elif torch.is_grad_enabled() or _reason_while_traced(model) is not None:
-        return None
-    elif mask is None:  # of which the model would make one of length by length
-        x = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
-        mask = None if x is None else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    elif mask.dim() != 2:
-        return None
-    if mask is not None:
-        changed["attention_mask"] = keys_only(model, mask)
-    args = tuple(changed.get(name, value) for name, value in given.items())
-    return args, kwargs | {name: value for name, value in changed.items() if name not in given}
-
-
-def packing_hooks(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, Callable]]:
-    """The modules of ``model`` of this class that pack their batch, and the hook by which they do."""
-    for _, module in named_modules(model, kind):
-        if hand_over_batch in module._forward_pre_hooks.values() or _encoder_of(module) is not None:
-            yield module, hand_over_batch
-
-
-def _encoder_of(model: nn.Module) -> PackedEncoder | None:
-    """The encoder that the model's forward calls, if it packs."""
-    for name, child in model._modules.items():
-        if isinstance(child, PackedEncoder) and child.text_encoder.encoder_name == name:
-            return child
-    return None
-
-
-def _reason_of_model(model: nn.Module, text_encoder: TextEncoder) -> str | None:
-    """What of ``model`` may read its arguments before its embeddings and encoder do."""
-    changed = text_encoder.model_originals.reason()
-    if changed is not None:
-        return changed
-    for method in _MODEL_METHODS:
-        original = getattr(text_encoder.model, method, None)
-        if method in model.__dict__ or getattr(type(model), method, None) is not original:
-            return f"the model has a {method} of its own"
-    if next(reversed(model._forward_pre_hooks.values())) is not hand_over_batch:
-        return "another pre-hook comes later"
-    return None
-
-
-@assume_constant_result
-def _reason_while_traced(model: nn.Module) -> str | None:
-    return _reason_of_model(model, _encoder_of(model).text_encoder)
-
-
-def _packed_batch_of_model(
-    model: nn.Module, encoder: PackedEncoder, text_encoder: TextEncoder, arguments: dict[str, Any]
-) -> PackedBatch | str:
-    """What the model's call with these arguments packs; or why the embeddings cannot be packed.
-
-    Where only they cannot, the encoder will still find out that it can.
-    """
-    changed = _reason_of_model(model, text_encoder)
-    if changed is not None:
-        return changed
-    if any(arguments.get(flag, getattr(model.config, flag, False)) for flag in _OUTPUT_FLAGS):
-        return "hidden states or attention weights are asked for"
-    embeddings = model.embeddings
-    if not is_as_built(encoder, text_encoder.encoder) or not embeddings_as_built(embeddings, text_encoder):
-        return "embeddings or encoder have hooks or are not as they were built"
-    between = [model._modules[name] for name in text_encoder.between if name in model._modules]
-    if not all(is_as_built(module, PackedLinear) for module in between):
-        return "what lies between embeddings and encoder is not as it was built"
-    x = arguments.get("input_ids")
-    x = arguments.get("inputs_embeds") if x is None else x
-    key_mask = arguments.get("attention_mask")
-    if x is None or x.dim() < 2 or x.size(1) + embeddings.first_position() > embeddings.position_ids.size(1):
-        return "the arguments are not valid"
-    stack = encoder.layer_stack()
-    if stack.configs != [model.config]:  # by whose implementation the mask is made
-        reason = implementation_reason(model.config, stack.spec.eager_attention)
-        if reason is not None:
-            return reason
-    others = {name: value for name, value in arguments.items() if name not in (*text_encoder.arguments, "use_cache")}
-    dtype = embeddings.word_embeddings.weight.dtype
-    outer = (*embeddings.parameters(), *(parameter for module in between for parameter in module.parameters()))
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in outer):
-        return "grad mode is on and the embeddings require grad: use torch.no_grad()"
-    layers = layers_to_run(stack, x, dtype, others)
-    if isinstance(layers, str):
-        return layers
-    if key_mask is not None:
-        if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2]:
-            return "the attention mask is not that of a padded batch"
-        key_mask = key_mask.to(torch.bool)
-    return padding_reason(stack, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))
-
-
-def _carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
+def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
     """``tensor`` as a new object that carries ``batch``."""
     alias = tensor.detach()
     alias._resnorm_batch = batch

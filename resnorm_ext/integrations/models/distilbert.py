@@ -16,6 +16,7 @@ from ..block import add_norm
 from ..family import Family
 from ..replace import Replacement, original_forward
 from ..spec import TransformersLayer
+from ..text_model import text_model
 from ..varlen import PackedEmbeddings, PackedEncoder, TextEncoder
 
 
@@ -86,8 +87,9 @@ DistilBertTransformer.text_encoder = TextEncoder(
     encoder_name="transformer",
     layer=_LAYER,
 )
+DistilBertModel = text_model(DistilBertTransformer.text_encoder, __name__)
 INTEGRATION = Family(
     _LAYER,
-    (DistilBertBlock, DistilBertEmbeddings, DistilBertTransformer),
+    (DistilBertBlock, DistilBertEmbeddings, DistilBertTransformer, DistilBertModel),
     text_encoder=DistilBertTransformer.text_encoder,
 )
