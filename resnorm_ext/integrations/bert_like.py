@@ -22,7 +22,7 @@ from .family import Family
 from .replace import Replacement, original_forward
 from .spec import TransformersLayer
 from .text_model import text_model
-from .varlen import PackedEmbeddings, PackedEncoder, TextEncoder
+from .varlen import PackedEmbeddings, PackedEncoder, TextEncoder, packed_or_original
 
 
 class BertLikeEmbeddings(PackedEmbeddings):
@@ -36,13 +36,9 @@ class BertLikeEmbeddings(PackedEmbeddings):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
-        forward = original_forward(self, BertLikeEmbeddings)
-        if forward is not None:
-            return forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        packed = self.embed(input_ids, inputs_embeds, position_ids, {"token_type": token_type_ids})
-        if packed is not None:
-            return packed
-        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        arguments = (input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        types = {"token_type": token_type_ids}
+        return packed_or_original(self, arguments, input_ids, inputs_embeds, position_ids, types)
 
 
 class PositionsFromTokens(BertLikeEmbeddings):

@@ -14,7 +14,7 @@ from .looped import announce_stack
 from .replace import Finding, Replacement, named_modules, original_class
 from .spec import TransformersLayer
 from .stack import lasting_reason
-from .text_model import TextModel, packing_hooks
+from .text_batch import TextModel, packing_hooks
 from .varlen import PackedLinear, TextEncoder, embeddings_as_built
 
 

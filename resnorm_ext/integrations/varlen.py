@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face's text encoders from before the embeddings on: the model packs the batch (text_model.py), the embeddings
+"""Hugging Face's text encoders from before the embeddings on: the model packs the batch (text_batch.py), the embeddings
 embed its tokens, the encoder runs its layers on them.
 
 The way a call takes is decided by the call: see ``layers_to_run`` for what keeps it from the packed path. The mask is
@@ -27,7 +27,7 @@ from ..modules.originals import Originals, forwards
 from ..modules.padding import PaddingChoice
 from .block import NORMS
 from .eligibility import is_as_built
-from .replace import Replacement
+from .replace import Replacement, original_forward
 from .spec import TransformersLayer, names_read_by
 from .stack import (
     LayerStack,
@@ -180,6 +180,22 @@ class PackedEmbeddings(Replacement, nn.Module):
         norm = self.LayerNorm
         functional.add_layer_norm(tokens, words, norm.normalized_shape, norm.weight, norm.bias, norm.eps, out=tokens)
         return _placeholder(tokens, batch)
+
+
+def packed_or_original(
+    embeddings: nn.Module,
+    arguments: tuple,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor | None,
+    types: dict[str, Tensor | None] | None = None,
+) -> Tensor:
+    """What ``embeddings.embed`` gives of these, or the original's forward of ``arguments``."""
+    forward = original_forward(embeddings, PackedEmbeddings)
+    if forward is not None:
+        return forward(*arguments)
+    packed = embeddings.embed(input_ids, inputs_embeds, position_ids, types)
+    return type(embeddings)._original.forward(embeddings, *arguments) if packed is None else packed
 
 
 class PackedLinear(Replacement, nn.Linear):

@@ -2,17 +2,17 @@
 """A text encoder's call as one call into the engine, from ids to output: on short texts what transformers does around
 the layers takes as long as they do.
 
-It is taken where nothing but ids, mask and token types is given and the call could go packed (text_model.py). What is
+It is taken where nothing but ids, mask and token types is given and the call could go packed (text_batch.py). What is
 looked at to know that is not looked at again until anything about the model changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..build.extension import extension
@@ -21,14 +21,13 @@ from ..engine.prepared import PREPARED, Prepared, PreparedLayers
 from ..engine.weights import WeightState
 from ..modules.calls import record
 from ..modules.eligibility import autocasts
+from ..recording import is_exported
 from .eligibility import captures_outputs, implementation_reason, is_as_built, mode_reason
-from .stack import PackedBatch, may_read_padding
+from .stack import may_read_padding
+from .text_batch import arguments_of, encoder_of, packed_batch_of
 from .varlen import PackedEncoder, TextEncoder
 
 _READ = ("input_ids", "attention_mask", "token_type_ids")
-
-# What the model's call with these arguments packs, or why it cannot (text_model.py).
-PackedBatchOf = Callable[[nn.Module, PackedEncoder, TextEncoder, dict[str, Any]], PackedBatch | str]
 
 
 class WholeCall(Prepared):
@@ -44,8 +43,9 @@ class WholeCall(Prepared):
     def __init__(self, model: nn.Module) -> None:
         """Only what ``model`` is now, so that what changes while it is looked at is found changed at the next call."""
         _, *modules = model.modules()
-        configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
-        self._modules, self._configs = tuple(modules), tuple(configs.values())
+        configs = (getattr(each, "config", None) for each in model.modules())
+        self._modules = tuple(modules)
+        self._configs = tuple({id(each): each for each in configs if isinstance(each, PreTrainedConfig)}.values())
         self._state = extension.module_state((model, *self._modules, *self._configs), Prepared)
         self._weights = WeightState((*model.parameters(), *model.buffers()))
         self.encoder: extension.TextEncoder | None = None
@@ -57,10 +57,8 @@ class WholeCall(Prepared):
             return
         embeddings = model.embeddings
         tables = {name: embeddings._modules.get(f"{name}_embeddings") for name in embeddings.tables}
-        types = {
-            name: table for name, table in tables.items() if table is not None and name not in ("word", "position")
-        }
-        self.takes_types = next(iter(types), None) == "token_type"
+        types = [(name, tables[name]) for name in embeddings.tables[2:] if tables[name] is not None]
+        self.takes_types = any(name == "token_type" for name, _ in types[:1])
         between = [model._modules[name] for name in text_encoder.between if name in model._modules]
         norm = embeddings.LayerNorm
         self.encoder = extension.TextEncoder(
@@ -68,7 +66,7 @@ class WholeCall(Prepared):
             positions=tables["position"].weight,
             position_ids=embeddings.position_ids,
             padding_id=embeddings.padding_id(),
-            types=[(table.weight, embeddings._buffers.get(f"{name}_ids")) for name, table in types.items()],
+            types=[(table.weight, embeddings._buffers.get(f"{name}_ids")) for name, table in types],
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             eps=norm.eps,
@@ -84,6 +82,9 @@ class WholeCall(Prepared):
             and self._weights.is_current()
             and self._layers.has_chosen_backends()
         )
+
+    def is_watchable(self) -> bool:
+        return self._weights.is_watchable()
 
     def requires_grad(self) -> bool:
         return self._weights.requires_grad()
@@ -104,18 +105,17 @@ def _prepared(linear: nn.Linear, dtype: torch.dtype) -> extension.PreparedLinear
     return prepare_linear((linear.weight, linear.bias), dtype=dtype)
 
 
-def call_whole(
-    model: nn.Module, encoder: PackedEncoder, arguments: dict[str, Any], packed_batch_of: PackedBatchOf
-) -> ModelOutput | None:
-    """The output of ``model``, whose encoder is ``encoder``, for these arguments; None where another way is to be
-    taken."""
-    text_encoder = encoder.text_encoder
-    if not _is_plain(arguments):
+def call_whole(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelOutput | None:
+    """The output of ``model`` for these arguments; None where another way is to be taken."""
+    encoder = None if is_exported() else encoder_of(model)
+    arguments = None if encoder is None else arguments_of(encoder.text_encoder, args, kwargs)
+    if arguments is None or not _is_plain(arguments):
         return None
+    text_encoder = encoder.text_encoder
     ids, mask, types = (arguments.get(name) for name in _READ)
     if autocasts() or captures_outputs() or mode_reason(ids, text_encoder.model_originals) is not None:
         return None
-    whole = _current(model, encoder, ids, packed_batch_of)
+    whole = _current(model, encoder, ids)
     if whole is None or whole.encoder is None or (types is not None and not whole.takes_types):
         return None
     if torch.is_grad_enabled() and whole.requires_grad():
@@ -147,22 +147,20 @@ def _is_plain(arguments: dict[str, Any]) -> bool:
     )
 
 
-def _current(model: nn.Module, encoder: PackedEncoder, ids: Tensor, packed_batch_of: PackedBatchOf) -> WholeCall | None:
+def _current(model: nn.Module, encoder: PackedEncoder, ids: Tensor) -> WholeCall | None:
     """What ``model`` keeps, made anew where anything has changed; None where its calls do not go packed now."""
     whole = model.__dict__.get(PREPARED)
     if isinstance(whole, WholeCall) and whole.is_current(model):
         return whole
     model.__dict__.pop(PREPARED, None)
 
-    def packed_batch() -> PackedBatch | str:
-        return packed_batch_of(model, encoder, encoder.text_encoder, {"input_ids": ids})
-
+    call = (model, encoder, encoder.text_encoder, {"input_ids": ids})
     # Most calls that cannot go packed are known by less than the state of all modules.
-    if not model.config.return_dict or isinstance(packed_batch(), str):
+    if not model.config.return_dict or isinstance(packed_batch_of(*call), str):
         return None
     whole = WholeCall(model)
-    batch = packed_batch()
-    if isinstance(batch, str):
+    batch = packed_batch_of(*call)
+    if isinstance(batch, str) or not whole.is_watchable():
         return None
     whole.prepare(model, encoder.text_encoder, batch.layers)
     model.__dict__[PREPARED] = whole

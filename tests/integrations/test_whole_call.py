@@ -299,3 +299,24 @@ def test_a_subclass_packs_by_a_hook(tiny, path_of):
     assert_same_at_real_positions(model(**batch)[0], tiny(**batch)[0], batch)
     restore(model)
     assert not model._forward_pre_hooks
+
+
+def test_weights_that_count_no_versions(tiny):
+    """What inference mode makes is not kept."""
+    with torch.inference_mode():
+        model = transformers.BertModel(tiny.config).eval()
+        model.load_state_dict(tiny.state_dict())
+        accelerate(model)
+        batch = inputs()
+        for _ in range(2):
+            assert_same_output(model(**batch), tiny(**batch), batch)
+            for each in (model, tiny):
+                each.pooler.dense.weight.mul_(-1)
+
+
+def test_a_config_of_another_kind(pair, is_whole):
+    for model in pair:
+        model.pooler.config = {"anything": 1}
+    batch = inputs()
+    assert is_whole(pair[1], **batch)
+    same(pair, batch)

@@ -17,7 +17,7 @@ from ..family import Family
 from ..replace import Replacement, original_forward
 from ..spec import TransformersLayer
 from ..text_model import text_model
-from ..varlen import PackedEmbeddings, PackedEncoder, TextEncoder
+from ..varlen import PackedEmbeddings, PackedEncoder, TextEncoder, packed_or_original
 
 
 class DistilBertBlock(Replacement, modeling_distilbert.TransformerBlock):
@@ -41,11 +41,8 @@ class DistilBertEmbeddings(PackedEmbeddings, modeling_distilbert.Embeddings):
     ) -> Tensor:
         if is_scripting():
             return self._torch_forward(input_ids, inputs_embeds, position_ids)
-        forward = original_forward(self, DistilBertEmbeddings)
-        if forward is not None:
-            return forward(input_ids, inputs_embeds, position_ids)
-        packed = self.embed(input_ids, inputs_embeds, position_ids)
-        return super().forward(input_ids, inputs_embeds, position_ids) if packed is None else packed
+        arguments = (input_ids, inputs_embeds, position_ids)
+        return packed_or_original(self, arguments, input_ids, inputs_embeds, position_ids)
 
 
 class DistilBertTransformer(PackedEncoder, modeling_distilbert.Transformer):

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.models.ernie import modeling_ernie
 
 from ..bert_like import BertLikeEmbeddings, bert_like
-from ..replace import original_forward
+from ..varlen import packed_or_original
 
 
 class TaskEmbeddings(BertLikeEmbeddings):
@@ -23,12 +23,8 @@ class TaskEmbeddings(BertLikeEmbeddings):
         past_key_values_length: int = 0,
     ) -> Tensor:
         arguments = (input_ids, token_type_ids, task_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        forward = original_forward(self, TaskEmbeddings)
-        if forward is not None:
-            return forward(*arguments)
         types = {"token_type": token_type_ids, "task_type": task_type_ids}
-        packed = self.embed(input_ids, inputs_embeds, position_ids, types)
-        return super(BertLikeEmbeddings, self).forward(*arguments) if packed is None else packed
+        return packed_or_original(self, arguments, input_ids, inputs_embeds, position_ids, types)
 
 
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "task_type_ids", "position_ids", "inputs_embeds")
