@@ -155,8 +155,11 @@ def _current(model: nn.Module, encoder: PackedEncoder, ids: Tensor) -> WholeCall
     model.__dict__.pop(PREPARED, None)
 
     call = (model, encoder, encoder.text_encoder, {"input_ids": ids})
-    # Most calls that cannot go packed are known by less than the state of all modules.
-    if not model.config.return_dict or isinstance(packed_batch_of(*call), str):
+    # Most calls that have to go another way are known by less than the state of all modules. What is made of parameters
+    # from inference mode, which count no changes, is not kept.
+    if next(model.parameters()).is_inference() or not model.config.return_dict:
+        return None
+    if isinstance(packed_batch_of(*call), str):
         return None
     whole = WholeCall(model)
     batch = packed_batch_of(*call)
