@@ -74,7 +74,8 @@ TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Ten
                       stream,
                       std::move(pooler)};
   for (const auto& [weight, default_ids] : types) {
-    encoder.types.push_back({weight.detach(), default_ids.has_value() ? OptionalTensor(default_ids->detach()) : std::nullopt});
+    encoder.types.push_back(
+        {weight.detach(), default_ids.has_value() ? OptionalTensor(default_ids->detach()) : std::nullopt});
   }
   return encoder;
 }
