@@ -58,9 +58,13 @@ void set_linear_backend_by_name(at::ScalarType dtype, int64_t in_features, int64
 }
 
 // Detached, so that nothing that is kept refers to a parameter.
+OptionalTensor detached(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->detach()) : std::nullopt;
+}
+
 TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Tensor& position_ids,
                          std::optional<int64_t> padding_id, const std::vector<std::pair<Tensor, OptionalTensor>>& types,
-                         const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                          std::optional<PreparedLinear> projection, Layers layers, at::ScalarType stream,
                          std::optional<PreparedLinear> pooler) {
   TextEncoder encoder{words.detach(),
@@ -68,15 +72,12 @@ TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Ten
                       position_ids.detach(),
                       padding_id,
                       {},
-                      {norm_weight.detach(), norm_bias.detach(), eps},
+                      {detached(norm_weight), detached(norm_bias), eps},
                       std::move(projection),
                       std::move(layers),
                       stream,
                       std::move(pooler)};
-  for (const auto& [weight, default_ids] : types) {
-    encoder.types.push_back(
-        {weight.detach(), default_ids.has_value() ? OptionalTensor(default_ids->detach()) : std::nullopt});
-  }
+  for (const auto& [weight, ids] : types) encoder.types.push_back({weight.detach(), detached(ids)});
   return encoder;
 }
 

@@ -52,14 +52,17 @@ class WholeCall(Prepared):
 
     def prepare(self, model: nn.Module, text_encoder: TextEncoder, layers: PreparedLayers) -> None:
         self._layers = layers
-        pooler = model._modules.get("pooler")
+        embeddings, pooler = model.embeddings, model._modules.get("pooler")
+        dtype = embeddings.word_embeddings.weight.dtype
+        between = [model._modules[name] for name in text_encoder.between if name in model._modules]
         if pooler is not None and not _is_known(pooler, text_encoder):
             return
-        embeddings = model.embeddings
+        linears = between if pooler is None else [*between, pooler.dense]
+        if not all(linear.weight.is_cpu and linear.weight.dtype == dtype for linear in linears):
+            return
         tables = {name: embeddings._modules.get(f"{name}_embeddings") for name in embeddings.tables}
         types = [(name, tables[name]) for name in embeddings.tables[2:] if tables[name] is not None]
         self.takes_types = any(name == "token_type" for name, _ in types[:1])
-        between = [model._modules[name] for name in text_encoder.between if name in model._modules]
         norm = embeddings.LayerNorm
         self.encoder = extension.TextEncoder(
             words=tables["word"].weight,
@@ -70,7 +73,7 @@ class WholeCall(Prepared):
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             eps=norm.eps,
-            projection=_prepared(between[0], tables["word"].weight.dtype) if between else None,
+            projection=_prepared(between[0], dtype) if between else None,
             layers=layers.layers,
             stream=layers.precision.stream,
             pooler=None if pooler is None else _prepared(pooler.dense, layers.precision.products),

@@ -257,6 +257,21 @@ def test_a_pooler_of_another_kind(pair, is_whole):
         assert_same_at_real_positions(pair[1](**batch)[1], pair[0](**batch)[1], batch)
 
 
+@pytest.mark.parametrize("arguments", [{"bias": False}, {"elementwise_affine": False}])
+def test_a_norm_without_parameters(pair, is_whole, arguments):
+    for model in pair:
+        model.embeddings.LayerNorm = nn.LayerNorm(32, **arguments)
+    assert is_whole(pair[1], **inputs())
+    same(pair, inputs())
+
+
+def test_a_pooler_of_another_dtype(pair, is_whole):
+    for model in pair:
+        model.pooler.double()
+        with pytest.raises(RuntimeError):
+            model(**inputs())
+
+
 def test_ids_and_lengths_that_there_are_not(pair):
     for model in pair:
         with pytest.raises(IndexError, match="index out of range"):
