@@ -62,12 +62,12 @@ OptionalTensor detached(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->detach()) : std::nullopt;
 }
 
-TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Tensor& position_ids,
+TextWeights text_weights(const Tensor& words, const Tensor& positions, const Tensor& position_ids,
                          std::optional<int64_t> padding_id, const std::vector<std::pair<Tensor, OptionalTensor>>& types,
                          const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                          std::optional<PreparedLinear> projection, Layers layers, at::ScalarType stream,
                          std::optional<PreparedLinear> pooler) {
-  TextEncoder encoder{words.detach(),
+  TextWeights weights{words.detach(),
                       positions.detach(),
                       position_ids.detach(),
                       padding_id,
@@ -77,15 +77,15 @@ TextEncoder text_encoder(const Tensor& words, const Tensor& positions, const Ten
                       std::move(layers),
                       stream,
                       std::move(pooler)};
-  for (const auto& [weight, ids] : types) encoder.types.push_back({weight.detach(), detached(ids)});
-  return encoder;
+  for (const auto& [weight, ids] : types) weights.types.push_back({weight.detach(), detached(ids)});
+  return weights;
 }
 
-std::optional<std::pair<Tensor, OptionalTensor>> encode_text_to_pair(const TextEncoder& encoder, const Tensor& ids,
+std::optional<std::pair<Tensor, OptionalTensor>> encode_text_to_pair(const TextWeights& weights, const Tensor& ids,
                                                                      const OptionalTensor& mask,
                                                                      const OptionalTensor& type_ids,
                                                                      bool skip_padding) {
-  auto output = encode_text(encoder, ids, mask, type_ids, skip_padding);
+  auto output = encode_text(weights, ids, mask, type_ids, skip_padding);
   if (!output.has_value()) return std::nullopt;
   return {{std::move(output->hidden), std::move(output->pooled)}};
 }
@@ -116,8 +116,8 @@ void bind(py::module_& m) {
   m.def("clear_layer_cache", torch::wrap_pybind_function_no_gil(clear_layer_cache));
   m.attr("MAX_ROWS") = kMaxRows;
   m.def("encode", torch::wrap_pybind_function_no_gil(encode));
-  py::class_<TextEncoder>(m, "TextEncoder")
-      .def(py::init(torch::wrap_pybind_function(text_encoder)), py::kw_only(), py::arg("words"), py::arg("positions"),
+  py::class_<TextWeights>(m, "TextWeights")
+      .def(py::init(torch::wrap_pybind_function(text_weights)), py::kw_only(), py::arg("words"), py::arg("positions"),
            py::arg("position_ids"), py::arg("padding_id"), py::arg("types"), py::arg("norm_weight"),
            py::arg("norm_bias"), py::arg("eps"), py::arg("projection"), py::arg("layers"), py::arg("stream"),
            py::arg("pooler"));

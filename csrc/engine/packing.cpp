@@ -12,7 +12,8 @@ Packing packing_of(const OptionalTensor& key_mask, int64_t batch, int64_t length
   Packing packing;
   packing.bounds = at::empty({batch + 1}, at::kInt);
   auto* const bounds = packing.bounds.mutable_data_ptr<int32_t>();
-  const auto mask = key_mask.has_value() ? key_mask->contiguous() : Tensor();
+  // A copy, which no other thread writes: it is read twice.
+  const auto mask = key_mask.has_value() ? key_mask->clone(at::MemoryFormat::Contiguous) : Tensor();
   const auto* seen = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
   const auto count = seen == nullptr ? batch * length : std::count(seen, seen + batch * length, true);
   if (count == batch * length) {

@@ -12,7 +12,7 @@ struct TypeEmbeddings {
   OptionalTensor default_ids;  // int64 (1, positions), those of a call that gives none; zeros if absent
 };
 
-struct TextEncoder {
+struct TextWeights {
   Tensor words, positions;            // the embeddings' weights, (ids, dim)
   Tensor position_ids;                // integral (1, positions), of the first, second, ... of a sequence
   std::optional<int64_t> padding_id;  // if there is one, positions are others: the i-th of the ids that are not
@@ -35,7 +35,7 @@ struct TextOutput {
 // any if not `skip_padding`, and a sequence's first position, which poolers and heads read.
 //
 // IndexError for ids that a table does not have. Without grad, on the CPU.
-std::optional<TextOutput> encode_text(const TextEncoder& encoder, const Tensor& ids, const OptionalTensor& mask,
+std::optional<TextOutput> encode_text(const TextWeights& weights, const Tensor& ids, const OptionalTensor& mask,
                                       const OptionalTensor& type_ids, bool skip_padding);
 
 }  // namespace resnorm::engine

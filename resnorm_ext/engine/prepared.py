@@ -122,13 +122,14 @@ class PreparedLayers(Prepared):
             self.precision.weights == dtype
             and self._autocast == autocasts()
             and extension.has_module_state((owner, *self._modules), self._state, Prepared)
-            and self._weights.is_current()
-            and self.has_chosen_backends()
+            and self.has_current_weights()
         )
 
-    def has_chosen_backends(self) -> bool:
-        """Whether the products are by the backends that are chosen now."""
-        return all(extension.linear_backend(*shape) == backend for shape, backend in self._backends.items())
+    def has_current_weights(self) -> bool:
+        """Whether the weights are what they were, and products by the backends that are chosen now."""
+        return self._weights.is_current() and all(
+            extension.linear_backend(*shape) == backend for shape, backend in self._backends.items()
+        )
 
     def encode(self, tokens: Tensor, cu_seqlens: Tensor, *, is_causal: bool = False) -> Tensor:
         """The last layer's output for packed ``tokens``, ``(tokens, dim)``, whose sequences' bounds are

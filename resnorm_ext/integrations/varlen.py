@@ -77,7 +77,10 @@ class TextEncoder:
         """What a packed call of the whole model stands for."""
         functions = Originals(*((self.model, method) for method in MODEL_METHODS if hasattr(self.model, method)))
         others = forwards(self.embeddings[0], nn.Embedding, *([] if self.pooler is None else [self.pooler]), nn.Tanh)
-        return self.originals + functions + others + Originals((F, "embedding"))
+        places = [(F, "embedding"), (torch, "tanh")]
+        if hasattr(self.layer.library, "create_bidirectional_mask"):
+            places.append((self.layer.library, "create_bidirectional_mask"))
+        return self.originals + functions + others + Originals(*places)
 
     @cached_property
     def names_read(self) -> frozenset[str]:

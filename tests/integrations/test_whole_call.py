@@ -14,6 +14,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert
 
 from resnorm_ext.integrations import accelerate, restore, whole_call
 
@@ -39,7 +42,7 @@ def is_whole(monkeypatch) -> Callable[..., bool]:
         return answers[-1]
 
     whole_call_extension = whole_call.extension
-    names = ("TextEncoder", "module_state", "has_module_state")
+    names = ("TextWeights", "module_state", "has_module_state")
     monkeypatch.setattr(
         whole_call,
         "extension",
@@ -58,7 +61,6 @@ def is_whole(monkeypatch) -> Callable[..., bool]:
 def assert_same_output(actual, expected, batch) -> None:
     assert type(actual) is type(expected) and actual.keys() == expected.keys()
     assert_same_at_real_positions(actual.last_hidden_state, expected.last_hidden_state, batch, 2e-4)
-    assert not actual.last_hidden_state[batch["attention_mask"] == 0].any()
     if "pooler_output" in expected:
         torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=2e-4, atol=2e-4)
 
@@ -85,7 +87,9 @@ def test_every_family(is_whole, name, ids, mask):
     for dropped in ({}, {"token_type_ids"}):
         given = {key: value for key, value in batch.items() if key not in dropped}
         assert is_whole(accelerated, **given)
-        assert_same_output(accelerated(**given), model(**given), batch)
+        output = accelerated(**given)
+        assert_same_output(output, model(**given), batch)
+        assert not output.last_hidden_state[batch["attention_mask"] == 0].any()
         others = {key: value for key, value in given.items() if key not in ("input_ids", "attention_mask")}
         positional = accelerated(given["input_ids"], given["attention_mask"], **others)
         assert_same_output(positional, model(**given), batch)
@@ -202,7 +206,7 @@ CHANGES = {
     "a hook of the embeddings": lambda model: model.embeddings.register_forward_hook(lambda *args: args[-1] * 2),
     "a hook of a layer": lambda model: model.encoder.layer[1].register_forward_hook(lambda *args: args[-1] * 2),
     "a hook of the model": lambda model: model.register_forward_pre_hook(lambda _, args: (args[0].flip(1),)),
-    "half": lambda model: model.to(torch.float64),
+    "a dtype": lambda model: model.to(torch.float64),
     "eager attention": lambda model: model.set_attn_implementation("eager"),
     "a forward": lambda model: setattr(model.pooler, "forward", lambda x: -x[:, 0]),
 }
@@ -246,6 +250,21 @@ def test_replaced_functions(pair, is_whole, monkeypatch):
     assert not is_whole(pair[1], **batch)
     same(pair, batch)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "owner, name, function",
+    [
+        (torch, "tanh", torch.zeros_like),
+        (modeling_bert, "create_bidirectional_mask", lambda **_: torch.eye(9, dtype=torch.bool)[None, None]),
+    ],
+)
+def test_other_functions_replaced(pair, is_whole, monkeypatch, owner, name, function):
+    batch = inputs("full")
+    assert is_whole(pair[1], **batch)
+    monkeypatch.setattr(owner, name, function)
+    assert not is_whole(pair[1], **batch)
+    same(pair, batch)
 
 
 def test_a_pooler_of_another_kind(pair, is_whole):
@@ -335,3 +354,124 @@ def test_a_config_of_another_kind(pair, is_whole):
     batch = inputs()
     assert is_whole(pair[1], **batch)
     same(pair, batch)
+
+
+def _with_freed_buffer(model: nn.Module) -> None:
+    model.register_buffer("extra", torch.ones(3))
+    model.extra.untyped_storage().resize_(0)
+
+
+class _ConfigRaises(nn.Module):
+    @property
+    def config(self):
+        raise RuntimeError("not yet")
+
+
+UNREAD = {
+    "sparse": lambda model: setattr(model, "extra", nn.Parameter(torch.eye(3).to_sparse())),
+    "compressed rows": lambda model: model.register_buffer("extra", torch.eye(3).to_sparse_csr()),
+    "uninitialized": lambda model: setattr(model, "extra", nn.LazyLinear(4)),
+    "freed": _with_freed_buffer,
+    "a config that raises": lambda model: setattr(model, "extra", _ConfigRaises()),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_a_call_does_not_read(pair, is_whole, kind):
+    UNREAD[kind](pair[1])
+    assert is_whole(pair[1], **inputs())
+    same(pair, inputs())
+
+
+@pytest.mark.parametrize("name", ["pooler.dense", "embeddings.word_embeddings", "embeddings.LayerNorm"])
+def test_weights_of_a_tensor_subclass(pair, is_whole, name):
+    batch = inputs()
+    for model in pair:
+        module = model.get_submodule(name)
+        weight = module.weight.detach()
+        module.weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    assert not is_whole(pair[1], **batch)
+    if name == "pooler.dense":  # else outputs are of that kind too
+        assert_same_at_real_positions(pair[1](**batch)[0], pair[0](**batch)[0], batch)
+
+
+@pytest.mark.parametrize("name", ["pooler.dense", "embeddings.word_embeddings", "encoder.layer.1.output.dense"])
+@pytest.mark.parametrize("write", [lambda weight: weight.mul_(2), lambda weight: setattr(weight, "data", weight * 2)])
+def test_weights_that_are_no_parameters(pair, name, write):
+    batch = inputs()
+    for model in pair:
+        module = model.get_submodule(name)
+        weight = module.weight.detach().clone()
+        del module.weight
+        module.weight = weight
+    for _ in range(2):
+        same(pair, batch)
+        for model in pair:
+            write(model.get_submodule(name).weight)
+
+
+def test_a_gradient_for_what_is_no_parameter(pair):
+    batch = inputs()
+    same(pair, batch)
+    for model in pair:
+        model.requires_grad_(False)
+        weight = model.pooler.dense.weight.detach().clone().requires_grad_()
+        del model.pooler.dense.weight
+        model.pooler.dense.weight = weight
+        with torch.enable_grad():
+            model(**batch).pooler_output.sum().backward()
+    torch.testing.assert_close(*(model.pooler.dense.weight.grad for model in pair), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_parameters(pair):
+    for module in pair[1].modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            if parameter is not None:
+                setattr(module, name, parameter.detach())
+    same(pair, inputs())
+
+
+def test_outputs_may_be_written_where_grad_is_recorded(pair, is_whole):
+    batch = inputs()
+    assert is_whole(pair[1], **batch)
+    output = pair[1](**batch)
+    factor = torch.ones(32, requires_grad=True)
+    with torch.enable_grad():
+        for tensor in (output.pooler_output, output.last_hidden_state):
+            tensor.mul_(factor).sum().backward()
+            tensor.detach_()
+
+
+def test_the_attention_of_the_layers(pair, monkeypatch):
+    """Which is not the one that the model's configuration names."""
+    batch = inputs("full")
+    for model in pair:
+        model.config = copy.deepcopy(model.config)
+        model.config._attn_implementation = "eager"
+    same(pair, batch)
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def tripled(*args, **kwargs):
+        output, weights = attention(*args, **kwargs)
+        return output * 3, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", tripled)
+    same(pair, batch)
+
+
+def test_configurations_of_another_kind(pair, is_whole):
+    class Proxy:
+        def __init__(self, config):
+            self._config = config
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["_config"], name)
+
+    for model in pair:
+        config = Proxy(model.config)
+        for module in model.modules():
+            if "config" in module.__dict__:
+                module.config = config
+    assert not is_whole(pair[1], **inputs())
+    same(pair, inputs())

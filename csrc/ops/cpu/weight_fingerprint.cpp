@@ -19,8 +19,10 @@ void mix(size_t& hash, const T& value) {
 
 void mix_samples(size_t& hash, const at::Tensor& weight) {
   if (!weight.is_cpu() || !weight.is_non_overlapping_and_dense() || weight.numel() == 0) return;
-  const auto* bytes = static_cast<const char*>(weight.const_data_ptr());
   const auto item = static_cast<int64_t>(weight.element_size()), last = weight.numel() - 1;
+  const auto end = static_cast<std::size_t>((weight.storage_offset() + last + 1) * item);
+  if (weight.storage().nbytes() < end) return;  // freed, as by those who gather parameters for each call
+  const auto* bytes = static_cast<const char*>(weight.const_data_ptr());
   for (int64_t i = 0; i < kSamples; ++i) {
     uint64_t value = 0;
     std::memcpy(&value, bytes + last * i / (kSamples - 1) * item, std::min<int64_t>(item, sizeof(value)));
