@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "text.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <array>
 
 #include "../ops/norm.h"
 #include "encode.h"
