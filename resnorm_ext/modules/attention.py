@@ -13,6 +13,7 @@ from torch.jit import is_scripting
 from .. import functional
 from ..engine.packing import pack, packing_of_sequences, unpack
 from ..recording import is_exported
+from .dropout import dropout
 from .eligibility import has_plain_tensors, is_eager
 from .linear import linear
 from .masks import batch_and_length, causal_mask, check_masks, merge_masks
@@ -157,14 +158,9 @@ def self_attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """``self_attention`` of a padded batch, and the attention weights, ``(batch, heads, length, length)``."""
     query, key, value = _heads_first(_project_in(attention, x), pattern.batch_first)
-    scores = (query * query.size(-1) ** -0.5) @ key.transpose(-2, -1)
-    if pattern.mask is not None:
-        scores = scores + pattern.mask
-    elif pattern.is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    hidden = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0)
-    weights = F.dropout(weights, attention.dropout, attention.training)
+    weights = _attention_weights(query, key, pattern)
+    if attention.training and attention.dropout > 0.0:
+        weights = dropout(weights, attention.dropout)
     return _project_out(attention, _tokens_first(weights @ value, pattern.batch_first)), weights
 
 
@@ -191,9 +187,27 @@ def _tokens_first(context: Tensor, batch_first: bool) -> Tensor:
     return context.transpose(1, 2) if batch_first else context.permute(2, 0, 1, 3)
 
 
+def _attention_weights(query: Tensor, key: Tensor, pattern: AttentionPattern) -> Tensor:
+    """``(batch, heads, length, length)``; zeros for a query whose keys are all hidden."""
+    scores = (query * query.size(-1) ** -0.5) @ key.transpose(-2, -1)
+    if pattern.mask is not None:
+        scores = scores + pattern.mask
+        hidden = (scores == -torch.inf).all(-1, keepdim=True)
+        return torch.softmax(scores.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0)
+    if pattern.is_causal:
+        later = scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return torch.softmax(scores, -1)
+
+
 def _padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
     query, key, value = _heads_first(qkv, pattern.batch_first)
-    context = F.scaled_dot_product_attention(query, key, value, pattern.mask, dropout_p, pattern.is_causal)
+    # With dropout scaled_dot_product_attention computes on a CPU just what is computed here, but for its dropout, and
+    # products of half types in float32.
+    if dropout_p > 0.0 and is_eager(qkv) and qkv.is_cpu and qkv.dtype in (torch.float32, torch.float64):
+        context = dropout(_attention_weights(query, key, pattern), dropout_p) @ value
+    else:
+        context = F.scaled_dot_product_attention(query, key, value, pattern.mask, dropout_p, pattern.is_causal)
     return _tokens_first(context, pattern.batch_first)
 
 

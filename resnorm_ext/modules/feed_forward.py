@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting
 
+from .dropout import dropout
 from .eligibility import activation_name, has_global_hooks, is_plain
 from .linear import linear
 from .originals import COMMON
@@ -76,5 +77,5 @@ def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
     if epilogue is None:
         hidden = block.activation(hidden)
     if block.dropout.training and block.dropout.p > 0.0:
-        hidden = F.dropout(hidden, block.dropout.p)
+        hidden = dropout(hidden, block.dropout.p)
     return linear(block.linear2, hidden, block.linear2.weight, block.linear2.bias)

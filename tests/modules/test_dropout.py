@@ -1,72 +1,124 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""In train mode each dropout of an encoder layer acts at its own rate, in the same place as torch.nn's."""
+"""Dropout in one pass, and attention with it."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-import resnorm_ext.modules as rn
+from resnorm_ext.modules.attention import AttentionPattern, _padded_attention
+from resnorm_ext.modules.dropout import dropout
 
-LENGTH, DIM, HEADS, DRAWS = 4, 8, 2, 20000
-RATES = {
-    "attention": lambda layer, p: setattr(layer.self_attn, "dropout", p),
-    "activation": lambda layer, p: setattr(layer.dropout, "p", p),
-    "after attention": lambda layer, p: setattr(layer.dropout1, "p", p),
-    "after feed-forward": lambda layer, p: setattr(layer.dropout2, "p", p),
-}
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 96), (7, 3, 5, 33), (2049,)])
+def test_values_are_scaled_or_zero(shape, dtype, p):
+    x = torch.rand(shape, dtype=dtype) + 1
+    y = dropout(x, p)
+    kept = y != 0
+    assert y.dtype == dtype and y.shape == x.shape
+    rounded = round(p * 2**16) / 2**16
+    torch.testing.assert_close(y[kept], (x / (1 - rounded))[kept], rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=0)
+    deviation = math.sqrt(p * (1 - p) / x.numel())
+    assert abs(1 - kept.double().mean().item() - p) < 5 * deviation
+
+
+def test_elements_are_dropped_by_themselves():
+    """Rates of rows, columns and neighbours in pairs, over many draws."""
+    x, draws, p = torch.ones(8, 16), 4000, 0.3
+    dropped = torch.stack([dropout(x, p) == 0 for _ in range(draws)]).double()
+    deviation = math.sqrt(p * (1 - p) / draws)
+    assert (dropped.mean(0) - p).abs().max() < 5 * deviation
+    for both in (dropped[:, :, 1:] * dropped[:, :, :-1], dropped[:, 1:] * dropped[:, :-1]):
+        assert (both.mean(0) - p * p).abs().max() < 5 * math.sqrt(p**2 * (1 - p**2) / draws)
+
+
+def test_the_backward_pass_drops_the_same():
+    x = torch.rand(33, 65).add_(1).requires_grad_()
+    y = dropout(x, 0.4)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(grad, torch.where(y == 0, 0.0, 1 / (1 - round(0.4 * 2**16) / 2**16)))
+
+
+def test_derivatives():
+    x = torch.rand(3, 5, dtype=torch.float64).requires_grad_()
+
+    def same_mask(x):
+        torch.manual_seed(1)
+        return dropout(x * x, 0.5)
+
+    assert torch.autograd.gradcheck(same_mask, x) and torch.autograd.gradgradcheck(same_mask, x)
+
+
+def test_no_mask_is_kept():
+    saved = []
+    x = torch.rand(64, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        dropout(x, 0.1)
+    assert sum(saved) < x.numel() // 8
 
 
 @pytest.mark.parametrize(
-    ("path", "stacked"),
-    [("grad", False), ("grad", True), ("no grad", False), ("packed", True), ("packed input", False)],
+    "x", [torch.ones(0, 4), torch.ones(4, 0), torch.tensor(2.0), torch.ones(3, 4, 5).transpose(0, 2)]
 )
-@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-@pytest.mark.parametrize("place", RATES)
-def test_mean_and_variance_are_those_of_torch_nn(place, norm_first, path, stacked):
-    """A batch of copies of one sequence is as many draws."""
-    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
-    reference, ours = (module.TransformerEncoderLayer(DIM, HEADS, 12, **options) for module in (nn, rn))
-    for layer in (reference, ours):
-        RATES[place](layer, 0.3)
-    if stacked:
-        reference = nn.TransformerEncoder(reference, 2, nn.LayerNorm(DIM), enable_nested_tensor=False)
-        ours = rn.TransformerEncoder(ours, 2, rn.LayerNorm(DIM))
-    for parameter in reference.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    ours.load_state_dict(reference.state_dict())
-    src = torch.randn(1, LENGTH, DIM).repeat(DRAWS, 1, 1)
-    expected = reference(src)
-
-    with torch.set_grad_enabled(path != "packed" and path != "no grad"):
-        if path == "packed input":
-            bounds = torch.arange(0, DRAWS * LENGTH + 1, LENGTH, dtype=torch.int32)
-            output = ours(src.flatten(0, 1), cu_seqlens=bounds).view_as(src)
-        elif path == "packed":
-            padded = torch.cat([torch.randn(DRAWS, 1, DIM), src], 1)
-            hidden = torch.zeros(DRAWS, LENGTH + 1, dtype=torch.bool)
-            hidden[:, 0] = True
-            output = ours(padded, src_key_padding_mask=hidden)[:, 1:]
-        else:
-            output = ours(src)
-
-    # Five standard errors of a difference of two samples: over n draws the error of a mean is sqrt(1 / n) deviations,
-    # that of a deviation sqrt((kurtosis - 1) / 4n) of itself.
-    mean, deviation = expected.mean(0), expected.std(0)
-    kurtosis = ((expected - mean) / deviation).pow(4).mean(0)
-    assert deviation.max() > 0.01
-    assert ((output.mean(0) - mean).abs() <= 5 * (2 / DRAWS) ** 0.5 * deviation).all()
-    assert ((output.std(0) - deviation).abs() <= 5 * ((kurtosis - 1) / 2 / DRAWS) ** 0.5 * deviation).all()
+def test_shapes(x):
+    assert dropout(x, 0.5).shape == x.shape
+    assert not dropout(x, 1.0).any()
 
 
-@torch.no_grad()
-def test_each_part_has_its_own_training_flag():
-    layer = rn.TransformerEncoderLayer(DIM, HEADS, 12, 0.5, batch_first=True)
-    src = torch.randn(2, LENGTH, DIM)
-    expected = layer.eval()(src)
-    layer.train()
-    assert not torch.allclose(layer(src), expected)
-    for part in (layer.self_attn, layer.dropout, layer.dropout1, layer.dropout2):
-        part.eval()
-    assert torch.equal(layer(src), expected)
+def test_one_seed_gives_one_mask():
+    x = torch.ones(16, 16)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append((dropout(x, 0.5), dropout(x, 0.5)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(*results[0])
+
+
+def test_compiled_it_is_torchs():
+    compiled = torch.compile(lambda x: dropout(x, 0.25), fullgraph=True, backend="eager")
+    x = torch.ones(64, 64)
+    torch.manual_seed(3)
+    actual = compiled(x)
+    torch.manual_seed(3)
+    assert torch.equal(actual, F.dropout(x, 0.25))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["none", "causal", "padding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_at_a_rate_of_next_to_nothing(dtype, kind, batch_first):
+    """Which drops nothing: rates are multiples of 2**-16."""
+    qkv = torch.randn(3, 3, 3, 2, 8, dtype=dtype, requires_grad=True)
+    mask = None
+    if kind == "padding":
+        mask = torch.zeros(3, 1, 1, 3, dtype=dtype)
+        mask[0, ..., 2] = mask[1] = -torch.inf  # a query of the second sequence sees nothing
+    pattern = AttentionPattern(batch_first, mask, kind == "causal")
+    outputs, grads = [], []
+    for p in (1e-9, 0.0):
+        output = _padded_attention(qkv, pattern, p)
+        outputs.append(output)
+        grads.append(torch.autograd.grad(output.square().sum(), qkv)[0])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_drops_weights():
+    """Values are rows of the identity, so the context is the weights."""
+    qkv = torch.zeros(4, 16, 3, 2, 16)
+    qkv[:, :, 2] = torch.eye(16).unsqueeze(1)
+    weights = _padded_attention(qkv, AttentionPattern(True, None, False), 0.25)
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / 16 / 0.75))
+    assert abs(kept.double().mean().item() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / weights.numel())
