@@ -71,7 +71,9 @@ PreparedLinear prepare_linear(const LinearParameters& parameters, bool transpose
   // Where torch counts no versions nothing is kept: not worth prepacking for one call.
   const bool kept = std::none_of(parameters.weights.begin(), parameters.weights.end(),
                                  [](const Tensor& each) { return each.is_inference(); });
-  const auto& backend = kept && weight.dim() == 2 ? linear_backend(dtype, weight.size(1), weight.size(0)) : aten;
+  const auto& backend = weight.dim() != 2 ? aten  // which PreparedLinear refuses
+                        : kept            ? linear_backend(dtype, weight.size(1), weight.size(0))
+                                          : unpacked_backend(weight);
   return {weight, biases.empty() ? OptionalTensor() : joined(biases), backend};
 }
 

@@ -84,6 +84,13 @@ const LinearBackend& linear_backend(at::ScalarType dtype, int64_t in_features, i
   return in_features > 0 && out_features > 0 && wanted.supports(dtype) ? wanted : aten;
 }
 
+const LinearBackend& unpacked_backend(const Tensor& weight) {
+  const auto dtype = weight.scalar_type();
+  const bool by_onednn = weight.numel() > 0 && weight.is_contiguous() && onednn.supports(dtype) &&
+                         &linear_backend(dtype, weight.size(1), weight.size(0)) != &aten;
+  return by_onednn ? onednn_unpacked : aten;
+}
+
 void set_measurement(Measurement function) { measurement() = std::move(function); }
 
 at::ScalarType fastest_product_dtype(const std::vector<LinearShape>& shapes) {

@@ -40,5 +40,10 @@ const std::string& linear_backend_override();
 
 // The table.
 extern const LinearBackend aten, onednn, prepacked;
+extern const LinearBackend onednn_unpacked;  // not in it: onednn, of a weight as it is
+
+// For a weight that is multiplied too seldom to be prepacked, where prepacked ones are best by another than ATen; ATen
+// where oneDNN cannot, or would have to copy the weight.
+const LinearBackend& unpacked_backend(const Tensor& weight);
 
 }  // namespace resnorm::engine

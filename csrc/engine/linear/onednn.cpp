@@ -122,5 +122,7 @@ Tensor multiply(const Tensor& input, const Tensor& weight, const OptionalTensor&
 }  // namespace
 
 const LinearBackend onednn = {"onednn", supports, prepack, multiply, padded_rows};
+const LinearBackend onednn_unpacked = {"onednn", supports, [](const Tensor& weight) { return weight; }, multiply,
+                                       padded_rows};
 
 }  // namespace resnorm::engine

@@ -11,14 +11,8 @@ namespace {
 
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation) {
   check_linear(input, weight, bias);
-  const auto dtype = input.scalar_type();
-  // Prepacking a weight for one call would not pay, nor would copying one that is transposed: where prepacked ones are
-  // best, oneDNN takes those that are not.
-  const bool by_onednn = input.numel() > 0 && weight.numel() > 0 && weight.is_contiguous() &&
-                         engine::onednn.supports(dtype) &&
-                         &engine::linear_backend(dtype, weight.size(1), weight.size(0)) != &engine::aten;
-  return engine::multiply(by_onednn ? engine::onednn : engine::aten, input, weight, bias, parse_activation(activation),
-                          weight.size(0));
+  const auto& backend = input.numel() > 0 ? engine::unpacked_backend(weight) : engine::aten;
+  return engine::multiply(backend, input, weight, bias, parse_activation(activation), weight.size(0));
 }
 
 }  // namespace
