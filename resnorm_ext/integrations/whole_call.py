@@ -158,8 +158,8 @@ def call_whole(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelOu
 def _is_simple(arguments: dict[str, Any]) -> bool:
     """Whether they are ids, mask and token types of one padded batch, and nothing that changes what is computed."""
     for name, value in arguments.items():
-        says_nothing = value is None or value is (name == "return_dict")
-        if name not in _READ and not says_nothing:
+        default = name == "return_dict"  # of all flags the one that is on
+        if name not in _READ and value is not None and value is not default:
             return False
     ids, mask, types = (arguments.get(name) for name in _READ)
     return (

