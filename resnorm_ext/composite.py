@@ -87,14 +87,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 
 def packed_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None, causal: bool
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    scale: float | None,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """One attention over all tokens: reads no value of ``cu_seqlens``, so it is recorded for other lengths too."""
-    tokens = torch.arange(qkv.size(0), device=qkv.device)
-    sequence = (tokens.unsqueeze(1) >= cu_seqlens.to(qkv.device).unsqueeze(0)).sum(1)
-    mask = sequence.unsqueeze(1) == sequence.unsqueeze(0)
-    if causal:
-        mask = torch.logical_and(mask, tokens.unsqueeze(1) >= tokens.unsqueeze(0))
+    if dropout_p > 0.0:
+        return reference.packed_attention(qkv, cu_seqlens, scale, causal, dropout_p=dropout_p, seed=seed)
+    mask = reference.visible_keys(cu_seqlens.to(qkv.device), qkv.size(0), causal)
     query, key, value = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).squeeze(0).transpose(0, 1)
 

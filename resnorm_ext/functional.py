@@ -304,8 +304,11 @@ def packed_attention(
     max_seqlen: int | None = None,
     scale: float | None = None,
     causal: bool = False,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(q k^T * scale) v`` within each sequence of a packed batch: no padding, so no mask.
+    """``dropout(softmax(q k^T * scale)) v`` within each sequence of a packed batch: no padding, so no mask.
 
     Args:
         qkv: ``(tokens, 3, heads, head_dim)``, the sequences one after another.
@@ -314,11 +317,13 @@ def packed_attention(
         max_seqlen: length of the longest sequence, where the caller knows it.
         scale: ``1 / sqrt(head_dim)`` where None.
         causal: each position sees itself and what precedes it.
+        dropout_p, training, seed: as for :func:`residual_add`, of the attention weights.
 
     Returns:
         ``(tokens, heads, head_dim)``.
     """
-    return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal)
+    dropout_p, seed = _dropout_seed(qkv, dropout_p, training, seed)
+    return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed)
 
 
 def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
@@ -394,13 +399,19 @@ def _dropout(
     input: Tensor, input_bias: Tensor | None, p: float, training: bool, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None, float, Tensor | None]:
     """``input`` and ``input_bias``, the dropout that acts on their sum at this call, and its seed."""
+    drops = training and p > 0.0
+    if drops and seed is None and _is_foreign(input):
+        # Its random numbers are its own too: those of a sharded tensor differ between devices.
+        return F.dropout(input if input_bias is None else input + input_bias, p), None, 0.0, None
+    return input, input_bias, *_dropout_seed(input, p, training, seed)
+
+
+def _dropout_seed(input: Tensor, p: float, training: bool, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    """The probability to drop an element at this call, and the seed of the mask."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0.0:
-        return input, input_bias, 0.0, None
+        return 0.0, None
     if seed is None:
-        if _is_foreign(input):
-            # Its random numbers are its own too: those of a sharded tensor differ between devices.
-            return F.dropout(input if input_bias is None else input + input_bias, p), None, 0.0, None
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
-    return input, input_bias, p, seed
+    return p, seed

@@ -106,6 +106,49 @@ def bias_activation(input: Tensor, bias: Tensor | None = None, activation: str =
     raise ValueError(f"expected activation to be relu, gelu or gelu_tanh, but got {activation}")
 
 
+def packed_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``dropout(softmax(q k^T * scale)) v`` within each sequence (Vaswani et al. 2017, section 3.2), as one attention
+    over all tokens of which each sees its own sequence.
+
+    The weight of a key for token ``t`` and head ``h`` is element ``(t * heads + h) * 2**35 + key`` of what dropout
+    drops, where keys are counted within the sequence.
+    """
+    tokens, _, heads, head_dim = qkv.shape
+    cu_seqlens = cu_seqlens.to(qkv.device)
+    query, key, value = qkv.permute(1, 2, 0, 3).unbind(0)
+    scores = query @ key.transpose(1, 2) * (head_dim**-0.5 if scale is None else scale)
+    weights = scores.masked_fill(~visible_keys(cu_seqlens, tokens, causal), -torch.inf).softmax(-1)
+    if dropout_threshold(dropout_p) > 0:
+        positions = torch.arange(tokens, device=qkv.device)
+        rows = positions.unsqueeze(1) * heads + torch.arange(heads, device=qkv.device)[:, None, None]
+        keys = positions - cu_seqlens[_sequences(cu_seqlens, tokens)].unsqueeze(1)
+        draws = philox_draws((rows << 32) + keys // 8, seed).gather(-1, (keys % 8).expand_as(weights).unsqueeze(-1))
+        weights = torch.where(draws.squeeze(-1) >= dropout_threshold(dropout_p), weights * dropout_scale(dropout_p), 0)
+    return (weights @ value).transpose(0, 1)
+
+
+def visible_keys(cu_seqlens: Tensor, tokens: int, causal: bool) -> Tensor:
+    """Bool ``(tokens, tokens)``: whether a token (row) sees another one: those of its sequence, or of these what is no
+    later."""
+    positions, sequence = torch.arange(tokens, device=cu_seqlens.device), _sequences(cu_seqlens, tokens)
+    visible = sequence.unsqueeze(1) == sequence.unsqueeze(0)
+    return torch.logical_and(visible, positions.unsqueeze(1) >= positions.unsqueeze(0)) if causal else visible
+
+
+def _sequences(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The sequence of each token."""
+    positions = torch.arange(tokens, device=cu_seqlens.device)
+    return (positions.unsqueeze(1) >= cu_seqlens.unsqueeze(0)).sum(1) - 1
+
+
 def dropout_threshold(p: float) -> int:
     """An element is dropped where its 16-bit draw is below this."""
     return int(65536 * p + 0.5)
@@ -124,10 +167,14 @@ def dropout_keep_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     key ``seed`` (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     numel = torch.Size(shape).numel()
-    blocks = torch.arange((numel + 7) // 8, dtype=torch.int64, device=seed.device)
-    words = philox_4x32_10(blocks, seed)
-    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    draws = philox_draws(torch.arange((numel + 7) // 8, dtype=torch.int64, device=seed.device), seed)
     return (draws.reshape(-1)[:numel] >= dropout_threshold(p)).reshape(shape)
+
+
+def philox_draws(counter: Tensor, key: Tensor) -> Tensor:
+    """The eight 16-bit draws of each counter, in a last dimension."""
+    words = philox_4x32_10(counter, key)
+    return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
 
 
 def philox_4x32_10(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -34,7 +34,8 @@ _AXES = {
     "_bias_activation_backward": "grad_output *d, input *d, bias d -> *d, d",
     "linear": "input *i, weight oi, bias o -> *o",
     "packed_attention": "qkv tqhe, cu_seqlens s -> the",
-    "_packed_attention_backward": "grad_output the, qkv tqhe, cu_seqlens s -> tqhe",
+    "_packed_attention_forward": "qkv tqhe, cu_seqlens s -> the, th",
+    "_packed_attention_backward": "grad_output the, qkv tqhe, output the, logsumexp th, cu_seqlens s -> tqhe",
 }
 # Besides the leading axes, those that a device can have a part of: along the others a result needs the whole. Where a
 # result lacks such an axis, as the gradients of parameters lack the leading ones, each device has a part of the sum.

@@ -100,10 +100,13 @@ struct ResidualAddBackward {
   void* workspace = nullptr;
 };
 
-// output = softmax(query key^T * scale) value within each sequence and head, sequence i being the tokens cu_seqlens[i]
-// up to cu_seqlens[i + 1]. A token's head is `head_dim` contiguous elements; the distances between tokens and between
-// heads are free, and the same for query, key and value. `output` is contiguous. With `causal` a token sees itself and
-// what precedes it. No float64; scale >= 0.
+// Element (token, head, key) of the attention weights, keys counted within the token's sequence, takes the draw of the
+// logical matrix's element (token * heads + head) * 2^35 + key.
+//
+// output = dropout(softmax(query key^T * scale)) value within each sequence and head, sequence i being the tokens
+// cu_seqlens[i] up to cu_seqlens[i + 1]. A token's head is `head_dim` contiguous elements; the distances between tokens
+// and between heads are free, and the same for query, key and value. `output` is contiguous. With `causal` a token sees
+// itself and what precedes it. No float64; scale >= 0.
 struct PackedAttention {
   std::int64_t sequences, heads, head_dim;
   const std::int32_t* cu_seqlens;
@@ -114,7 +117,20 @@ struct PackedAttention {
   DType dtype;
   double scale;
   bool causal;
+  Dropout dropout;
   void* output;
+  float* logsumexp = nullptr;  // (tokens, heads), of each row's scores; null where no backward pass will follow
+};
+
+// The gradients of query, key and value, whose dtype they have. `output` and `logsumexp` are the forward pass's;
+// `grad_output` and `output` are contiguous.
+struct PackedAttentionBackward {
+  PackedAttention forward;
+  const void* grad_output;
+  void* grad_query;
+  void* grad_key;
+  void* grad_value;
+  std::int64_t grad_token_stride, grad_head_stride;  // in elements
 };
 
 enum class Activation : std::uint8_t { kNone, kRelu, kGelu, kGeluTanh };

@@ -5,88 +5,136 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bucketize.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
+#include "support/dropout.h"
+#include "support/philox.h"
+
 namespace resnorm::composite {
 
 namespace {
 
-// True where a query (row) sees a key (column).
-Tensor block_diagonal_mask(const Tensor& qkv, const Tensor& cu_seqlens, bool causal) {
-  const auto bounds = cu_seqlens.to(qkv.device());
-  const auto tokens = at::arange(qkv.size(0), qkv.options().dtype(at::kInt));
-  const auto sequence = at::bucketize(tokens, bounds, /*out_int32=*/true, /*right=*/true);
-  const auto mask = sequence.unsqueeze(1) == sequence.unsqueeze(0);
-  return causal ? mask.logical_and(tokens.unsqueeze(1) >= tokens.unsqueeze(0)) : mask;
+// The logical matrix of attention weights that csrc/kernels/arguments.h numbers the draws of.
+constexpr int64_t kWeightsPerRow = int64_t{1} << 35;
+
+// For each head, query and key whether dropout keeps the weight. `tokens` are the queries' numbers in the whole batch,
+// `keys` the keys' in their sequence, of a shape that extends to (queries, keys).
+Tensor kept_weights(const Tensor& qkv, const Tensor& tokens, const Tensor& keys, double dropout_p, const Tensor& seed) {
+  const auto heads = at::arange(qkv.size(2), tokens.options()).view({-1, 1, 1});
+  return keep_mask(tokens.view({1, -1, 1}) * qkv.size(2) + heads, keys, kWeightsPerRow, dropout_p, seed);
 }
 
-// One attention: queries, keys and values (heads, tokens, head_dim), an absent mask hides nothing.
+// Which of all tokens' weights are there: a token sees those of its sequence, or of these what is no later.
+struct BlockDiagonal {
+  BlockDiagonal(const Tensor& qkv, const Tensor& cu_seqlens, bool causal)
+      : tokens(at::arange(qkv.size(0), qkv.options().dtype(at::kLong))) {
+    const auto bounds = cu_seqlens.to(qkv.device());
+    const auto sequence = at::bucketize(tokens, bounds, /*out_int32=*/false, /*right=*/true);
+    visible = sequence.unsqueeze(1) == sequence.unsqueeze(0);
+    if (causal) visible = visible.logical_and(tokens.unsqueeze(1) >= tokens.unsqueeze(0));
+    positions = tokens - bounds.to(at::kLong).index({sequence - 1});
+  }
+
+  Tensor tokens, positions;  // of all tokens, and in its sequence
+  Tensor visible;            // (queries, keys)
+};
+
+// One attention: queries, keys and values (heads, tokens, head_dim). A mask that is absent hides nothing; `kept` is
+// what dropout keeps, all where it is absent.
 struct Attention {
-  Attention(const Tensor& qkv, double scale, const OptionalTensor& mask)
+  Attention(const Tensor& qkv, double scale, const OptionalTensor& visible, const OptionalTensor& kept,
+            double dropout_p)
       : query(qkv.select(1, 0).transpose(0, 1)),
         key(qkv.select(1, 1).transpose(0, 1)),
         value(qkv.select(1, 2).transpose(0, 1)),
-        scale(scale) {
-    auto scores = query.matmul(key.transpose(1, 2)) * scale;
-    if (mask.has_value()) scores = scores.masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());
+        scale(scale),
+        kept(kept),
+        kept_scale(dropout_scale(dropout_threshold(dropout_p))) {
+    scores = query.matmul(key.transpose(1, 2)) * scale;
+    if (visible.has_value()) {
+      scores = scores.masked_fill(visible->logical_not(), -std::numeric_limits<double>::infinity());
+    }
     weights = at::softmax(scores, -1);
   }
 
-  Tensor output() const { return weights.matmul(value).transpose(0, 1); }
+  Tensor dropped(const Tensor& values) const {
+    return kept.has_value() ? at::where(*kept, values * kept_scale, 0.0) : values;
+  }
 
-  // dS = P * (dP - rowsum(dP * P)) with dP = dO V^T; then dQ = dS K, dK = dS^T Q, both scaled, and dV = P^T dO.
+  Tensor output() const { return dropped(weights).matmul(value).transpose(0, 1); }
+
+  // dS = P * (dP - rowsum(dP * P)) with dP = dropout'(dO V^T); then dQ = dS K, dK = dS^T Q, both scaled, and
+  // dV = dropout(P)^T dO.
   Tensor grad_qkv(const Tensor& grad_output) const {
     const auto grad = grad_output.transpose(0, 1);
-    const auto grad_weights = grad.matmul(value.transpose(1, 2));
+    const auto grad_weights = dropped(grad.matmul(value.transpose(1, 2)));
     const auto grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, /*keepdim=*/true)) * scale;
     return at::stack({grad_scores.matmul(key), grad_scores.transpose(1, 2).matmul(query),
-                      weights.transpose(1, 2).matmul(grad)})
+                      dropped(weights).transpose(1, 2).matmul(grad)})
         .permute({2, 0, 1, 3});
   }
 
-  Tensor query, key, value, weights;
+  Tensor query, key, value, scores, weights;
   double scale;
+  OptionalTensor kept;
+  double kept_scale;
 };
 
+// Of one sequence, in the accumulation type.
+Attention attention_of(const Tensor& qkv, const Sequence& sequence, std::optional<double> scale, bool causal,
+                       double dropout_p, const OptionalTensor& seed) {
+  const auto& [begin, length] = sequence;
+  OptionalTensor visible, kept;
+  if (causal) visible = at::ones({length, length}, qkv.options().dtype(at::kBool)).tril();
+  if (dropout_threshold(dropout_p) > 0) {
+    const auto keys = at::arange(length, qkv.options().dtype(at::kLong));
+    kept = kept_weights(qkv, keys + begin, keys, dropout_p, *seed);
+  }
+  return {qkv.narrow(0, begin, length).to(accumulation_dtype({qkv.scalar_type()})), scale_or_default(scale, qkv),
+          visible, kept, dropout_p};
+}
+
+// Of all tokens, in the accumulation type.
+Attention attention_of(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal,
+                       double dropout_p, const OptionalTensor& seed) {
+  const BlockDiagonal mask(qkv, cu_seqlens, causal);
+  OptionalTensor kept;
+  if (dropout_threshold(dropout_p) > 0) kept = kept_weights(qkv, mask.tokens, mask.positions, dropout_p, *seed);
+  return {qkv.to(accumulation_dtype({qkv.scalar_type()})), scale_or_default(scale, qkv), mask.visible, kept, dropout_p};
+}
+
 Tensor packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
-                        std::optional<double> scale, bool causal) {
-  auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, scale, causal);
+                        std::optional<double> scale, bool causal, double dropout_p, const OptionalTensor& seed) {
+  if (dropout_threshold(dropout_p) > 0) {
+    return std::get<0>(packed_attention_forward(qkv, cu_seqlens, std::move(max_seqlen), scale, causal, dropout_p, seed));
+  }
+  auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed);
   for (const auto& sequence : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
     attend(qkv, sequence, scale, causal, output);
   }
   return output;
 }
 
-Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
-                                 std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal) {
-  auto grad_qkv = packed_attention_backward_meta(grad_output, qkv, cu_seqlens, max_seqlen, scale, causal);
-  const auto accumulation = accumulation_dtype({qkv.scalar_type()});
-  for (const auto& [begin, length] : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
-    OptionalTensor mask;
-    if (causal) mask = at::ones({length, length}, qkv.options().dtype(at::kBool)).tril();
-    const Attention attention(qkv.narrow(0, begin, length).to(accumulation), scale_or_default(scale, qkv), mask);
-    const auto grad = grad_output.narrow(0, begin, length).to(accumulation);
-    grad_qkv.narrow(0, begin, length).copy_(attention.grad_qkv(grad));
-  }
-  return grad_qkv;
-}
-
 Tensor packed_attention_batched(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> /*max_seqlen*/,
-                                std::optional<double> scale, bool causal) {
-  return masked_attention(qkv, cu_seqlens, scale, causal);
+                                std::optional<double> scale, bool causal, double dropout_p,
+                                const OptionalTensor& seed) {
+  return masked_attention(qkv, cu_seqlens, scale, causal, dropout_p, seed);
 }
 
-Tensor packed_attention_backward_batched(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
+Tensor packed_attention_backward_batched(const Tensor& grad_output, const Tensor& qkv, const OptionalTensor& /*output*/,
+                                         const OptionalTensor& /*logsumexp*/, const Tensor& cu_seqlens,
                                          std::optional<c10::SymInt> /*max_seqlen*/, std::optional<double> scale,
-                                         bool causal) {
-  return masked_attention_backward(grad_output, qkv, cu_seqlens, scale, causal);
+                                         bool causal, double dropout_p, const OptionalTensor& seed) {
+  return masked_attention_backward(grad_output, qkv, cu_seqlens, scale, causal, dropout_p, seed);
 }
 
 }  // namespace
@@ -132,23 +180,48 @@ void attend(const Tensor& qkv, const Sequence& sequence, std::optional<double> s
   output.narrow(0, begin, length).copy_(context.squeeze(0).transpose(0, 1));
 }
 
-Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal) {
-  const auto dtype = qkv.scalar_type();
-  const Attention attention(qkv.to(accumulation_dtype({dtype})), scale_or_default(scale, qkv),
-                            block_diagonal_mask(qkv, cu_seqlens, causal));
-  return attention.output().to(dtype);
+std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv, const Tensor& cu_seqlens,
+                                                    std::optional<c10::SymInt> max_seqlen, std::optional<double> scale,
+                                                    bool causal, double dropout_p, const OptionalTensor& seed) {
+  auto results = packed_attention_forward_meta(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed);
+  const auto& [output, logsumexp] = results;
+  for (const auto& sequence : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
+    const auto attention = attention_of(qkv, sequence, scale, causal, dropout_p, seed);
+    output.narrow(0, sequence.begin, sequence.length).copy_(attention.output());
+    logsumexp.narrow(0, sequence.begin, sequence.length).copy_(at::logsumexp(attention.scores, -1).transpose(0, 1));
+  }
+  return results;
+}
+
+Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, const OptionalTensor& output,
+                                 const OptionalTensor& logsumexp, const Tensor& cu_seqlens,
+                                 std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal,
+                                 double dropout_p, const OptionalTensor& seed) {
+  auto grad_qkv = packed_attention_backward_meta(grad_output, qkv, output, logsumexp, cu_seqlens, max_seqlen, scale,
+                                                 causal, dropout_p, seed);
+  for (const auto& sequence : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
+    const auto attention = attention_of(qkv, sequence, scale, causal, dropout_p, seed);
+    const auto grad = grad_output.narrow(0, sequence.begin, sequence.length).to(attention.weights.scalar_type());
+    grad_qkv.narrow(0, sequence.begin, sequence.length).copy_(attention.grad_qkv(grad));
+  }
+  return grad_qkv;
+}
+
+Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal,
+                        double dropout_p, const OptionalTensor& seed) {
+  return attention_of(qkv, cu_seqlens, scale, causal, dropout_p, seed).output().to(qkv.scalar_type());
 }
 
 Tensor masked_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
-                                 std::optional<double> scale, bool causal) {
-  const auto dtype = qkv.scalar_type(), accumulation = accumulation_dtype({dtype});
-  const Attention attention(qkv.to(accumulation), scale_or_default(scale, qkv),
-                            block_diagonal_mask(qkv, cu_seqlens, causal));
-  return attention.grad_qkv(grad_output.to(accumulation)).to(dtype);
+                                 std::optional<double> scale, bool causal, double dropout_p,
+                                 const OptionalTensor& seed) {
+  const auto attention = attention_of(qkv, cu_seqlens, scale, causal, dropout_p, seed);
+  return attention.grad_qkv(grad_output.to(attention.weights.scalar_type())).to(qkv.scalar_type());
 }
 
 TORCH_LIBRARY_IMPL(resnorm, CompositeExplicitAutograd, m) {
   m.impl("packed_attention", packed_attention);
+  m.impl("_packed_attention_forward", packed_attention_forward);
   m.impl("_packed_attention_backward", packed_attention_backward);
 }
 

@@ -24,12 +24,23 @@ Tensor bounds_of(const Tensor& cu_seqlens, int64_t tokens, const std::optional<c
 std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, int64_t tokens,
                                    const std::optional<c10::SymInt>& max_seqlen);
 
-// Attention within one sequence of `qkv`, into its place in `output`.
+// Attention without dropout within one sequence of `qkv`, into its place in `output`.
 void attend(const Tensor& qkv, const Sequence& sequence, std::optional<double> scale, bool causal,
             const Tensor& output);
 
-Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal);
+// What the operators do sequence by sequence, by the formula.
+std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv, const Tensor& cu_seqlens,
+                                                    std::optional<c10::SymInt> max_seqlen, std::optional<double> scale,
+                                                    bool causal, double dropout_p, const OptionalTensor& seed);
+Tensor packed_attention_backward(const Tensor& grad_output, const Tensor& qkv, const OptionalTensor& output,
+                                 const OptionalTensor& logsumexp, const Tensor& cu_seqlens,
+                                 std::optional<c10::SymInt> max_seqlen, std::optional<double> scale, bool causal,
+                                 double dropout_p, const OptionalTensor& seed);
+
+Tensor masked_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<double> scale, bool causal,
+                        double dropout_p, const OptionalTensor& seed);
 Tensor masked_attention_backward(const Tensor& grad_output, const Tensor& qkv, const Tensor& cu_seqlens,
-                                 std::optional<double> scale, bool causal);
+                                 std::optional<double> scale, bool causal, double dropout_p,
+                                 const OptionalTensor& seed);
 
 }  // namespace resnorm::composite

@@ -67,7 +67,7 @@ ISA_FLAGS = {
 BASE_ISA = {"avx512_bf16": "avx512"}
 
 # Kernels that are compiled once per instruction set, each family from one source; the slowest to compile first.
-FAMILIES = ("norm_backward", "norm_forward", "attention", "residual_add", "activation", "linear")
+FAMILIES = ("norm_backward", "norm_forward", "attention", "attention_backward", "residual_add", "activation", "linear")
 
 # What most units that include torch include, compiled once for all of them.
 TORCH_HEADERS = "torch_headers.h"

@@ -38,6 +38,10 @@ struct AttentionKernels {
   void (*packed_attention)(const PackedAttention&, ParallelFor);
 };
 
+struct AttentionBackwardKernels {
+  void (*packed_attention_backward)(const PackedAttentionBackward&, ParallelFor);
+};
+
 struct LinearKernels {
   // 0 for a dtype that is not to be packed.
   std::size_t (*prepacked_weight_bytes)(DType dtype, std::int64_t out_features, std::int64_t in_features);
@@ -50,19 +54,21 @@ struct KernelTable : NormForwardKernels,
                      ResidualAddKernels,
                      ActivationKernels,
                      AttentionKernels,
+                     AttentionBackwardKernels,
                      LinearKernels {
   const char* isa;
 };
 
 // The families' tables of an instruction set.
-#define RESNORM_DECLARE_KERNELS(isa)                      \
-  namespace isa {                                         \
-  extern const NormForwardKernels norm_forward_kernels;   \
-  extern const NormBackwardKernels norm_backward_kernels; \
-  extern const ResidualAddKernels residual_add_kernels;   \
-  extern const ActivationKernels activation_kernels;      \
-  extern const AttentionKernels attention_kernels;        \
-  extern const LinearKernels linear_kernels;              \
+#define RESNORM_DECLARE_KERNELS(isa)                                \
+  namespace isa {                                                   \
+  extern const NormForwardKernels norm_forward_kernels;             \
+  extern const NormBackwardKernels norm_backward_kernels;           \
+  extern const ResidualAddKernels residual_add_kernels;             \
+  extern const ActivationKernels activation_kernels;                \
+  extern const AttentionKernels attention_kernels;                  \
+  extern const AttentionBackwardKernels attention_backward_kernels; \
+  extern const LinearKernels linear_kernels;                        \
   }
 
 // Bytes that a backward pass needs to sum `column_sums` (1 to 3) columns' gradients: the partial sums of row blocks

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// output = softmax(query key^T * scale) value within each sequence of a packed batch. A head's keys and values are laid
+// output = dropout(softmax(query key^T * scale)) value within each sequence of a packed batch. A head's keys and values are laid
 // out for the products a block of keys at a time; then one group of rows after the other is multiplied by the keys,
 // becomes probabilities and is multiplied by the values, all of it in the caches.
 #pragma once
@@ -29,7 +29,8 @@ class HeadAttention {
         tokens_(a.cu_seqlens[sequence + 1] - a.cu_seqlens[sequence]),
         groups_(groups),
         buffers_(buffers),
-        scale_(static_cast<float>(a.scale * kLog2E)) {
+        draws_(a, sequence, head, buffers.draws, buffers.draws_pitch()),
+        scale_(score_scale(a)) {
     const std::int64_t first = a.cu_seqlens[sequence];
     const std::int64_t offset = first * a.token_stride + head * a.head_stride;
     query_ = static_cast<const T*>(a.query) + offset;
@@ -37,6 +38,7 @@ class HeadAttention {
     value_ = static_cast<const T*>(a.value) + offset;
     output_stride_ = a.heads * a.head_dim;
     output_ = static_cast<T*>(a.output) + first * output_stride_ + head * a.head_dim;
+    logsumexp_ = a.logsumexp == nullptr ? nullptr : a.logsumexp + first * a.heads + head;
   }
 
   // The rows of groups `first` up to `last`, at most what one pass serves.
@@ -56,9 +58,6 @@ class HeadAttention {
  private:
   using Words = typename WordsOf<T>::Type;
   using V = Vec<float>;
-  static constexpr std::int64_t kPiece = 128;
-  static constexpr double kLog2E = 1.4426950408889634;  // exponentials are powers of two
-
   struct Block {
     std::int64_t begin, count;
 
@@ -75,23 +74,26 @@ class HeadAttention {
     copy_queries<Words>(query_ + row * a_.token_stride, a_.token_stride, rows, a_.head_dim, scale_, buffers_.queries);
     const std::int64_t depth = words_of<Words>(a_.head_dim);
     multiply<Words>(rows, buffers_.queries, buffers_.key_panels, depth * V::kSize, vectors_of(visible.last_row), depth,
-                    score_piece(), buffers_.scores);
-    softmax<Words>(buffers_.scores, rows, visible, kScalesQueries<Words> ? 1 : scale_, block.begin == 0, state);
+                    score_piece<T>(tokens_), buffers_.scores);
+    softmax<Words>(buffers_.scores, rows, visible, {draws_, row, block.begin}, scale_of_scores<Words>(scale_),
+                   block.begin == 0, state);
     multiply<Words>(rows, buffers_.scores, buffers_.value_panels, block.value_stride(), vectors_of(a_.head_dim),
-                    words_of<Words>(visible.last_row), kPiece, buffers_.products);
+                    words_of<Words>(visible.last_row), kProductPiece, buffers_.products);
     for (std::int64_t i = 0; i < rows; ++i) {
       float* sums = block.begin == 0 && keys <= block.count
                         ? nullptr
                         : buffers_.outputs + (slot * kGroupRows + i) * buffers_.width;
       finish_row(buffers_.products + i * kRowStride, sums, block.begin == 0, keys <= block.count, state.rescale[i],
-                 state.denominator[i], output_ + (row + i) * output_stride_);
+                 state.denominator[i] / a_.dropout.scale, output_ + (row + i) * output_stride_);
     }
+    if (logsumexp_ != nullptr && keys <= block.count) store_logsumexp(state, row, rows);
   }
 
-  // In float32 the rounding of scores is what is farthest from exact, the farther the fewer there are to average.
-  std::int64_t score_piece() const {
-    if constexpr (!kSame<T, float>) return kPiece;
-    return tokens_ < 32 ? 8 : 32;
+  void store_logsumexp(const SoftmaxState& state, std::int64_t row, std::int64_t rows) const {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const float largest = state.largest[i] * scale_of_scores<Words>(scale_);
+      logsumexp_[(row + i) * a_.heads] = (largest + __builtin_log2f(state.denominator[i])) * kLn2;
+    }
   }
 
   // Adds a block's product to a row's sums; after the last block they become the output.
@@ -126,20 +128,17 @@ class HeadAttention {
   std::int64_t tokens_;
   const RowGroups& groups_;
   const AttentionBuffers& buffers_;
+  WeightDraws draws_;
   float scale_;
   const T *query_, *key_, *value_;
   T* output_;
+  float* logsumexp_;
   std::int64_t output_stride_;
 };
 
 template <class T>
 void attend_range(const PackedAttention& a, std::int64_t begin, std::int64_t end) {
-  std::int64_t longest = 0;
-  for (std::int64_t i = 0; i < a.sequences; ++i) {
-    const std::int64_t tokens = a.cu_seqlens[i + 1] - a.cu_seqlens[i];
-    if (longest < tokens) longest = tokens;
-  }
-  const AttentionBuffers buffers(a.head_dim, longest);
+  const AttentionBuffers buffers(a.head_dim, longest_sequence(a));
   for_each_head_within(
       a, begin, end,
       [&](std::int64_t sequence, std::int64_t head, const RowGroups& groups, std::int64_t first, std::int64_t last) {
@@ -151,15 +150,13 @@ void attend_range(const PackedAttention& a, std::int64_t begin, std::int64_t end
 }
 
 inline void packed_attention(const PackedAttention& a, ParallelFor parallel_for) {
-  // Multiply-adds, fewer than which a second thread is not worth starting for; and how many a unit of cost is about.
-  constexpr std::int64_t kGrain = 2 * 1024 * 1024, kUnit = kGroupRows * kGroupRows;
   if (kExtends && a.dtype != DType::kBFloat16) return base::attention_kernels.packed_attention(a, parallel_for);
   auto* range = attend_range<BFloat16>;
   if constexpr (!kExtends) {
     if (a.dtype == DType::kFloat32) range = attend_range<float>;
     if (a.dtype == DType::kFloat16) range = attend_range<Float16>;
   }
-  parallel(parallel_for, total_cost(a), kGrain / (kUnit * a.head_dim) + 1,
+  parallel(parallel_for, total_cost(a), least_cost(a),
            [&](std::int64_t begin, std::int64_t end) { range(a, begin, end); });
 }
 

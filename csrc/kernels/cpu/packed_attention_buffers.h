@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One thread's memory for attention.
+// One thread's memory for attention's forward pass.
 #pragma once
 
 #include <cstdint>
@@ -28,18 +28,23 @@ class AttentionBuffers {
         kChunkStride,                     // scores
         chunks_of(width) * kChunkStride,  // products
         longest > block_keys ? pass_groups * kGroupRows * width : 0,
+        kSoftmaxRows * draws_pitch() / 2,  // of 16 bits
     };
     std::int64_t floats = 0;
     for (const std::int64_t size : sizes) floats += size;
     const auto bytes = floats * sizeof(float) + static_cast<std::size_t>(pass_groups) * sizeof(SoftmaxState);
     float* memory = static_cast<float*>(thread_buffer(kFirstKernelBuffer, bytes));
-    float** const buffers[] = {&key_panels, &value_panels, &queries, &scores, &products, &outputs};
-    for (int i = 0; i < 6; ++i) {
+    float* draw_memory = nullptr;
+    float** const buffers[] = {&key_panels, &value_panels, &queries, &scores, &products, &outputs, &draw_memory};
+    for (int i = 0; i < 7; ++i) {
       *buffers[i] = memory;
       memory += sizes[i];
     }
+    draws = reinterpret_cast<std::uint16_t*>(draw_memory);
     states = reinterpret_cast<SoftmaxState*>(memory);
   }
+
+  std::int64_t draws_pitch() const { return padded_draws(block_keys); }
 
   std::int64_t width;  // head_dim in whole vectors
   std::int64_t block_keys;
@@ -47,6 +52,7 @@ class AttentionBuffers {
   float *key_panels, *value_panels;
   float *queries, *scores, *products;  // of a group of rows
   float* outputs;                      // of a pass's groups, where there are several blocks of keys
+  std::uint16_t* draws;                // of the rows that one softmax_rows takes
   SoftmaxState* states;
 
  private:

@@ -28,6 +28,20 @@ RESNORM_INLINE void for_each_word_vector(std::int64_t values, const Body& body) 
   if (kStep > 1 && i < values) body(i, FirstLanes{static_cast<int>(values - i)});
 }
 
+// Exponentials are powers of two, so scores are multiplied by log2(e) too.
+inline constexpr float kLn2 = 0.69314718F;
+
+inline float score_scale(const PackedAttention& a) {
+  constexpr double kLog2E = 1.4426950408889634;
+  return static_cast<float>(a.scale * kLog2E);
+}
+
+// What is left of it to do for scores of copied queries.
+template <class Words>
+constexpr float scale_of_scores(float scale) {
+  return kScalesQueries<Words> ? 1 : scale;
+}
+
 template <class Words, class T>
 RESNORM_NOINLINE void copy_queries(const T* queries, std::int64_t stride, std::int64_t count, std::int64_t head_dim,
                                    float scale, float* rows) {

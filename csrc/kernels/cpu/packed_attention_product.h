@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The matrix product of attention: a few rows of words times panels of them. Both products of attention are this one:
-// queries times keys, and probabilities times values.
+// The matrix products of attention: a few rows of words times panels of them. Queries times keys and probabilities times
+// values are `multiply`; what sums over queries, as the gradients of keys and values do, is `add_product_over_rows`.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,16 @@ inline constexpr std::int64_t kChunkStride = kGroupRows * kRowStride;
 constexpr std::int64_t word_offset(std::int64_t word) { return word / kChunkWords * kChunkStride + word % kChunkWords; }
 
 constexpr std::int64_t chunks_of(std::int64_t words) { return (words + kChunkWords - 1) / kChunkWords; }
+
+// Sums of more words than this are sums of such pieces' sums, which round less. Those of scores in float32 are of shorter
+// ones: their rounding is what is farthest from exact, the farther the fewer there are to average.
+inline constexpr std::int64_t kProductPiece = 128;
+
+template <class T>
+constexpr std::int64_t score_piece(std::int64_t tokens) {
+  if constexpr (!kSame<T, float>) return kProductPiece;
+  return tokens < 32 ? 8 : 32;
+}
 
 // kRows rows and kPanels panels of the product. Sums of more than `piece` words are sums of such pieces' sums, which
 // round less.
@@ -75,6 +85,51 @@ inline void multiply(std::int64_t rows, const float* left, const float* panels, 
       if (panel < count) tile(panel, Index<1>{});
     }
   });
+}
+
+// kRows columns of `left` as rows of the product, and kPanels panels, added to `sums`.
+template <class Words, int kRows, int kPanels>
+RESNORM_NOINLINE void add_tile_over_rows(const float* left, const float* panels, std::int64_t panel_stride,
+                                         std::int64_t depth, float* sums, std::int64_t sums_stride) {
+  using V = Vec<float>;
+  V tile[kRows][kPanels] = {};
+  for (std::int64_t word = 0; word < depth; ++word, left += kRowStride, panels += V::kSize) {
+    V right[kPanels];
+    unrolled<kPanels>(
+        [&](auto panel) RESNORM_INLINE_LAMBDA { right[panel] = V::load(panels + panel * panel_stride, AllLanes{}); });
+    unrolled<kRows>([&](auto row) RESNORM_INLINE_LAMBDA {
+      const V factor = V::broadcast(left[row]);
+      unrolled<kPanels>([&](auto panel) RESNORM_INLINE_LAMBDA {
+        tile[row][panel] = Words::multiply_add(factor, right[panel], tile[row][panel]);
+      });
+    });
+  }
+  unrolled<kRows>([&](auto row) RESNORM_INLINE_LAMBDA {
+    unrolled<kPanels>([&](auto panel) RESNORM_INLINE_LAMBDA {
+      float* to = sums + row * sums_stride + panel * V::kSize;
+      (V::load(to, AllLanes{}) + tile[row][panel]).store(to, AllLanes{});
+    });
+  });
+}
+
+// sums += left^T * right: `left` has `depth` rows of `columns` words, kRowStride apart; `right` is `count` panels of as
+// many words, panel_stride apart; `sums` has `columns` rows of `count` vectors.
+template <class Words>
+inline void add_product_over_rows(std::int64_t columns, const float* left, const float* panels,
+                                  std::int64_t panel_stride, std::int64_t count, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kSize = Vec<float>::kSize;
+  const std::int64_t stride = count * kSize;
+  for (std::int64_t column = 0; column < columns; column += kGroupRows) {
+    with_count<kGroupRows>(columns - column, [&](auto tile_rows) RESNORM_INLINE_LAMBDA {
+      const auto tile = [&](std::int64_t panel, auto panels_at_once) RESNORM_INLINE_LAMBDA {
+        add_tile_over_rows<Words, tile_rows, panels_at_once>(left + column, panels + panel * panel_stride, panel_stride,
+                                                             depth, sums + column * stride + panel * kSize, stride);
+      };
+      std::int64_t panel = 0;
+      for (; panel + 2 <= count; panel += 2) tile(panel, Index<2>{});
+      if (panel < count) tile(panel, Index<1>{});
+    });
+  }
 }
 
 }  // namespace

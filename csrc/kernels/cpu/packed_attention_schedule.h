@@ -13,13 +13,18 @@ namespace {
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 // A sequence's rows in groups of nearly equal height, so that none is left with a row or two: there a product is slow.
+// All but the last are multiples of `granule` rows high, which divides kGroupRows.
 class RowGroups {
  public:
-  RowGroups(std::int64_t rows, bool causal)
-      : rows_(rows), count_((rows + kGroupRows - 1) / kGroupRows), causal_(causal) {}
+  RowGroups(std::int64_t rows, bool causal, std::int64_t granule = 1)
+      : rows_(rows),
+        granule_(granule),
+        granules_((rows + granule - 1) / granule),
+        count_((rows + kGroupRows - 1) / kGroupRows),
+        causal_(causal) {}
 
   std::int64_t count() const { return count_; }
-  std::int64_t begin(std::int64_t group) const { return rows_ * group / count_; }
+  std::int64_t begin(std::int64_t group) const { return smaller(rows_, granules_ * group / count_ * granule_); }
 
   // What the groups before this one cost: their keys, in groups too (twice as many, to stay whole), and what each group
   // costs whatever its keys.
@@ -38,9 +43,25 @@ class RowGroups {
  private:
   static constexpr std::int64_t kGroupsPerCut = 4, kGroupCost = 4;
 
-  std::int64_t rows_, count_;
+  std::int64_t rows_, granule_, granules_, count_;
   bool causal_;
 };
+
+inline std::int64_t longest_sequence(const PackedAttention& a) {
+  std::int64_t longest = 0;
+  for (std::int64_t i = 0; i < a.sequences; ++i) {
+    const std::int64_t tokens = a.cu_seqlens[i + 1] - a.cu_seqlens[i];
+    if (longest < tokens) longest = tokens;
+  }
+  return longest;
+}
+
+// What is not worth a second thread: so many multiply-adds, of which a unit of cost is about as many as a group has
+// rows, squared, for each dimension of a head.
+inline std::int64_t least_cost(const PackedAttention& a) {
+  constexpr std::int64_t kMultiplyAdds = 2 * 1024 * 1024;
+  return kMultiplyAdds / (kGroupRows * kGroupRows * a.head_dim) + 1;
+}
 
 inline std::int64_t total_cost(const PackedAttention& a) {
   std::int64_t cost = 0;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "exp2.h"
+#include "packed_attention_dropout.h"
 #include "packed_attention_panels.h"
 #include "packed_attention_product.h"
 #include "simd.h"
@@ -36,10 +37,21 @@ struct VisibleKeys {
 // A few rows side by side: alone each of them would wait for its largest score, exponential and sum in turn.
 inline constexpr int kSoftmaxRows = Vec<float>::kSize == 16 ? 4 : 3;
 
-// Rows `first` and below of a group's scores become probabilities, as words; those of hidden keys are 0.
-template <class Words, int kRows>
-RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& keys, float scale, bool first_block,
-                                   SoftmaxState& state) {
+// What is dropped of a group's rows in a block of keys.
+struct DroppedWeights {
+  const WeightDraws& draws;
+  std::int64_t first_token, first_key;
+
+  const std::uint16_t* row(int row, std::int64_t keys, int slot) const {
+    return draws.row(first_token + row, first_key, keys, slot);
+  }
+};
+
+// Rows `first` and below of a group's scores become probabilities, as words; those of hidden keys are 0, and so are the
+// dropped ones, which the denominators count all the same.
+template <class Words, int kRows, bool kDrops>
+RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& keys, const DroppedWeights& dropped,
+                                   float scale, bool first_block, SoftmaxState& state) {
   using V = Vec<float>;
   using Value = typename Words::Value;
   constexpr float kInfinity = __builtin_inff();
@@ -84,8 +96,13 @@ RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& 
     offset[row] = V::broadcast(-finite * scale);
     sum[row] = V{};
   });
+  const std::uint16_t* draws[kRows];
+  if constexpr (kDrops) {
+    for (int row = 0; row < kRows; ++row) draws[row] = dropped.row(first + row, keys.last_row, row);
+  }
   const auto keep = [&](std::int64_t vector, auto row, V probabilities) RESNORM_INLINE_LAMBDA {
     sum[row] = sum[row] + probabilities;
+    if constexpr (kDrops) probabilities = probabilities.keep(draws[row] + vector * V::kSize, dropped.draws.threshold);
     Words::store(probabilities, scores + row * kRowStride + vector * (V::kSize / Words::kValues));
   };
   for_each_score(
@@ -101,11 +118,13 @@ RESNORM_NOINLINE void softmax_rows(float* scores, int first, const VisibleKeys& 
 }
 
 template <class Words>
-inline void softmax(float* scores, std::int64_t rows, const VisibleKeys& keys, float scale, bool first_block,
-                    SoftmaxState& state) {
+inline void softmax(float* scores, std::int64_t rows, const VisibleKeys& keys, const DroppedWeights& dropped,
+                    float scale, bool first_block, SoftmaxState& state) {
   for (std::int64_t row = 0; row < rows; row += kSoftmaxRows) {
     with_count<kSoftmaxRows>(rows - row, [&](auto count) RESNORM_INLINE_LAMBDA {
-      softmax_rows<Words, count>(scores, static_cast<int>(row), keys, scale, first_block, state);
+      with_flag(dropped.draws.threshold != 0, [&](auto drops) RESNORM_INLINE_LAMBDA {
+        softmax_rows<Words, count, drops != 0>(scores, static_cast<int>(row), keys, dropped, scale, first_block, state);
+      });
     });
   }
 }

@@ -30,6 +30,9 @@ struct FloatWords {
     return Vec<float>::load(from, lanes);
   }
 
+  // Words of a value of each row.
+  static RESNORM_INLINE Vec<float> interleave(const Vec<float> (&rows)[kValues]) { return rows[0]; }
+
   // The values of `vector` as words that lie side by side.
   static RESNORM_INLINE void store(Vec<float> vector, float* to) { vector.store(to, AllLanes{}); }
 
@@ -75,6 +78,12 @@ struct BFloat16Pairs {
     if (rows == 1) return {_mm512_castsi512_ps(low)};
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(from + stride, lanes)), 16);
     return {_mm512_castsi512_ps(_mm512_or_si512(low, high))};
+  }
+
+  static RESNORM_INLINE Vec<float> interleave(const Vec<float> (&rows)[kValues]) {
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rows[0].v)));
+    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rows[1].v)));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
   }
 
   // Not BFloat16's own rounding, which spares subnormal numbers: the product takes them for 0.

@@ -3,6 +3,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/floor_divide.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -18,11 +19,8 @@ namespace {
 Tensor low_word(const Tensor& value) { return value.bitwise_and(0xFFFFFFFFLL); }
 Tensor high_word(const Tensor& value) { return low_word(value.__rshift__(32)); }
 
-Tensor keep_mask(c10::SymIntArrayRef sizes, std::uint32_t threshold, const Tensor& seed) {
-  c10::SymInt numel = 1;
-  for (const auto& size : sizes) numel *= size;
-  const auto blocks = (numel + (philox::kElementsPerBlock - 1)) / philox::kElementsPerBlock;
-  const auto counter = at::arange(at::Scalar(blocks), seed.options());
+// The eight draws of each counter, in a last dimension.
+Tensor draws_of(const Tensor& counter, const Tensor& seed) {
   auto c0 = low_word(counter), c1 = high_word(counter);
   auto c2 = at::zeros_like(counter), c3 = c2;
   auto k0 = low_word(seed), k1 = high_word(seed);
@@ -43,11 +41,25 @@ Tensor keep_mask(c10::SymIntArrayRef sizes, std::uint32_t threshold, const Tenso
     draws.push_back(word.bitwise_and(0xFFFF));
     draws.push_back(word.__rshift__(16));
   }
-  const auto draw = at::stack(draws, -1).flatten().narrow_symint(0, 0, numel).reshape_symint(sizes);
-  return draw.ge(static_cast<int64_t>(threshold));
+  return at::stack(draws, -1);
+}
+
+Tensor keep_mask(c10::SymIntArrayRef sizes, std::uint32_t threshold, const Tensor& seed) {
+  c10::SymInt numel = 1;
+  for (const auto& size : sizes) numel *= size;
+  const auto blocks = (numel + (philox::kElementsPerBlock - 1)) / philox::kElementsPerBlock;
+  const auto draws = draws_of(at::arange(at::Scalar(blocks), seed.options()), seed);
+  return draws.flatten().narrow_symint(0, 0, numel).reshape_symint(sizes).ge(static_cast<int64_t>(threshold));
 }
 
 }  // namespace
+
+Tensor keep_mask(const Tensor& row, const Tensor& col, int64_t cols, double p, const Tensor& seed) {
+  const auto block = at::floor_divide(col, philox::kElementsPerBlock);
+  const auto draws = draws_of(row * (cols / philox::kElementsPerBlock) + block, seed);
+  const auto place = (col - block * philox::kElementsPerBlock).expand_symint(draws.sym_sizes().slice(0, draws.dim() - 1));
+  return draws.gather(-1, place.unsqueeze(-1)).squeeze(-1).ge(static_cast<int64_t>(dropout_threshold(p)));
+}
 
 Tensor dropout(const Tensor& values, double p, const OptionalTensor& seed) {
   const auto threshold = dropout_threshold(p);

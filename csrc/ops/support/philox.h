@@ -10,4 +10,8 @@ namespace resnorm::composite {
 // values * scale where the element's draw keeps it, else exactly 0; values itself where p rounds to no dropout.
 Tensor dropout(const Tensor& values, double p, const OptionalTensor& seed);
 
+// Whether dropout keeps elements of a logical matrix of `cols` columns, a multiple of kElementsPerBlock. `row` and
+// `col` are int64 and extend to the shape of the result.
+Tensor keep_mask(const Tensor& row, const Tensor& col, int64_t cols, double p, const Tensor& seed);
+
 }  // namespace resnorm::composite
