@@ -168,6 +168,7 @@ class HeadGradient {
     float* const scores = Words::kValues == 1 ? weights : buffers_.scores;
     float* const grad_weights = Words::kValues == 1 ? grad_scores : buffers_.grad_weights;
 
+    prefetch_queries(groups_.begin(smaller(group + 2, groups_.count())), rows);
     const std::int64_t depth = words_of<Words>(a_.head_dim), panel_stride = depth * V::kSize;
     copy_queries<Words>(query_ + row * a_.token_stride, a_.token_stride, rows, a_.head_dim, scale_, buffers_.queries);
     copy_queries<Words>(grad_output_ + row * output_stride_, output_stride_, rows, a_.head_dim, 1,
@@ -186,6 +187,17 @@ class HeadGradient {
     for (std::int64_t i = 0; i < rows; ++i) {
       if (a_.causal && row + i < keys.begin) continue;  // which sees nothing of the block
       add_grad_query(keys, row + i, buffers_.products + i * kRowStride);
+    }
+  }
+
+  // Tokens are far apart in memory: more than the hardware's own prefetching follows.
+  RESNORM_INLINE void prefetch_queries(std::int64_t row, std::int64_t rows) const {
+    for (const std::int64_t last = smaller(row + rows, tokens_); row < last; ++row) {
+      for (std::int64_t j = 0; j < a_.head_dim; j += 64 / static_cast<std::int64_t>(sizeof(T))) {
+        prefetch(query_ + row * a_.token_stride + j);
+        prefetch(grad_output_ + row * output_stride_ + j);
+        prefetch(output_ + row * output_stride_ + j);
+      }
     }
   }
 
