@@ -16,6 +16,7 @@
 #include "ops/bias_activation.h"
 #include "ops/cpu/cpu_kernels.h"
 #include "ops/cpu/weight_fingerprint.h"
+#include "ops/feed_forward.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 #include "ops/packed_attention.h"
@@ -84,6 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bias_activation", torch::wrap_pybind_function_no_gil(resnorm::bias_activation));
   m.def("bias_activation_out", torch::wrap_pybind_function_no_gil(resnorm::bias_activation_out));
   m.def("linear", torch::wrap_pybind_function_no_gil(resnorm::linear));
+  m.def("feed_forward", torch::wrap_pybind_function_no_gil(resnorm::feed_forward));
   m.def("packed_attention", torch::wrap_pybind_function_no_gil(resnorm::packed_attention));
   m.def("weight_fingerprint", torch::wrap_pybind_function(resnorm::weight_fingerprint));
   resnorm::engine::bind(m);

@@ -76,14 +76,31 @@ def add_rms_norm(
     return y, _cast(total, _sum_dtype(input, residual, residual_dtype))
 
 
-def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def bias_activation(
+    input: Tensor, bias: Tensor | None, activation: str, dropout_p: float, seed: Tensor | None
+) -> Tensor:
     if activation == "none":
         raise ValueError("expected activation to be relu, gelu or gelu_tanh, but got none")
-    return _activated(input if bias is None else input + _cast(bias, input.dtype), activation)
+    activated = _activated(input if bias is None else input + _cast(bias, input.dtype), activation)
+    return reference.dropout(activated, dropout_p, seed)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return _activated(F.linear(input, weight, bias), activation)
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    hidden = reference.dropout(linear(input, weight1, bias1, activation), dropout_p, seed)
+    return F.linear(hidden, weight2, bias2)
 
 
 def packed_attention(
@@ -151,10 +168,7 @@ def _total(
     update = _cast(input, dtype)
     if input_bias is not None:
         update = update + _cast(input_bias, dtype)
-    if dropout_p > 0.0:
-        keep = reference.dropout_keep_mask(seed, update.shape, dropout_p)
-        update = torch.where(keep, update * reference.dropout_scale(dropout_p), 0.0)
-    return _cast(residual, dtype) + update
+    return _cast(residual, dtype) + reference.dropout(update, dropout_p, seed)
 
 
 def _sum_dtype(input: Tensor, residual: Tensor, residual_dtype: torch.dtype | None) -> torch.dtype:

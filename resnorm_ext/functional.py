@@ -262,14 +262,18 @@ def bias_activation(
     bias: Tensor | None = None,
     activation: str = "gelu",
     *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``activation(input + bias)``, in one pass.
+    """``dropout(activation(input + bias))``, in one pass.
 
     Args:
         input: of any shape.
         bias: of the last dimension, in a dtype as for :func:`layer_norm`'s weight.
         activation: ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
+        dropout_p, training, seed: as for :func:`residual_add`.
         out: receives the result; may be ``input``. Not differentiable.
 
     Returns:
@@ -277,12 +281,13 @@ def bias_activation(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
-        ValueError: another ``activation``.
+        ValueError: another ``activation``, ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` is not floating point.
     """
+    dropout_p, seed = _dropout_seed(input, dropout_p, training, seed)
     if out is None:
-        return _call("bias_activation", input, bias, activation)
-    _call("bias_activation_out", input, bias, activation, out)
+        return _call("bias_activation", input, bias, activation, dropout_p, seed)
+    _call("bias_activation_out", input, bias, activation, dropout_p, seed, out)
     return out
 
 
@@ -295,6 +300,38 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         activation: ``"none"``, ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
     """
     return _call("linear", input, weight, bias, activation)
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``dropout(activation(input @ weight1.T + bias1)) @ weight2.T + bias2`` (Vaswani et al. 2017, section 3.3).
+
+    For the backward pass it keeps the first product alone: neither what dropout left of the activations nor a mask.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight1: ``(hidden_features, in_features)``; bias1: ``(hidden_features,)``.
+        weight2: ``(out_features, hidden_features)``; bias2: ``(out_features,)``.
+        activation: ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
+        dropout_p, training, seed: as for :func:`residual_add`, of the activations.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: another ``activation``, ``dropout_p`` outside [0, 1].
+        NotImplementedError: ``input`` is not floating point.
+    """
+    dropout_p, seed = _dropout_seed(input, dropout_p, training, seed)
+    return _call("feed_forward", input, weight1, bias1, weight2, bias2, activation, dropout_p, seed)
 
 
 def packed_attention(

@@ -54,11 +54,7 @@ def residual_add(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``residual + dropout(input + input_bias)``."""
-    update = input if input_bias is None else input + input_bias
-    if dropout_threshold(dropout_p) > 0:
-        keep = dropout_keep_mask(seed, update.shape, dropout_p)
-        update = torch.where(keep, update * dropout_scale(dropout_p), 0.0)
-    return residual + update
+    return residual + dropout(input if input_bias is None else input + input_bias, dropout_p, seed)
 
 
 def add_layer_norm(
@@ -94,9 +90,20 @@ def add_rms_norm(
     return rms_norm(total, normalized_shape, weight, eps), total
 
 
-def bias_activation(input: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
-    """``activation(input + bias)``; for gelu and its tanh form see Hendrycks and Gimpel 2016."""
-    x = input if bias is None else input + bias
+def bias_activation(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``dropout(activation(input + bias))``."""
+    return dropout(activated(input if bias is None else input + bias, activation), dropout_p, seed)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """The activation function's value; for gelu and its tanh form see Hendrycks and Gimpel 2016."""
     if activation == "relu":
         return x.relu()
     if activation == "gelu":
@@ -147,6 +154,13 @@ def _sequences(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The sequence of each token."""
     positions = torch.arange(tokens, device=cu_seqlens.device)
     return (positions.unsqueeze(1) >= cu_seqlens.unsqueeze(0)).sum(1) - 1
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Of the contiguous tensor of ``x``'s shape; ``x`` itself where ``p`` rounds to no dropout."""
+    if dropout_threshold(p) == 0:
+        return x
+    return torch.where(dropout_keep_mask(seed, x.shape, p), x * dropout_scale(p), 0.0)
 
 
 def dropout_threshold(p: float) -> int:

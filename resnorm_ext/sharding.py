@@ -31,8 +31,9 @@ _AXES = {
     "_norm_backward": "grad_output *n, grad_sum *n, sum *n, mean *, rstd *, input_bias n, weight n, bias n "
     "-> *n, *n, n, n, n",
     "bias_activation": "input *d, bias d -> *d",
-    "_bias_activation_backward": "grad_output *d, input *d, bias d -> *d, d",
+    "_bias_activation_backward": "grad_output *d, input *d, bias d -> *d, d, *d",
     "linear": "input *i, weight oi, bias o -> *o",
+    "feed_forward": "input *i, weight1 fi, bias1 f, weight2 of, bias2 o -> *o",
     "packed_attention": "qkv tqhe, cu_seqlens s -> the",
     "_packed_attention_forward": "qkv tqhe, cu_seqlens s -> the, th",
     "_packed_attention_backward": "grad_output the, qkv tqhe, output the, logsumexp th, cu_seqlens s -> tqhe",

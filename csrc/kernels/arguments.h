@@ -135,23 +135,28 @@ struct PackedAttentionBackward {
 
 enum class Activation : std::uint8_t { kNone, kRelu, kGelu, kGeluTanh };
 
-// output = activation(input + bias), for another activation than kNone. `output` may be `input`. No operand is float64.
+// output = dropout(activation(input + bias)), for another activation than kNone. `output` may be `input`. No operand is
+// float64.
 struct BiasActivationForward {
   std::int64_t rows, cols;
   ConstRows input;
   ConstVector bias;
   Activation activation;
+  Dropout dropout{};
   Rows output;
 };
 
-// grad_input = grad_output * activation'(input + bias), and grad_bias the sum of its rows.
+// grad_input = dropout'(grad_output) * activation'(input + bias), and grad_bias the sum of its rows. `output` is the
+// forward pass's, computed again: within a rounding or two, where that pass has used another approximation.
 struct BiasActivationBackward {
   std::int64_t rows, cols;
   ConstRows grad_output, input;
   ConstVector bias;
   Activation activation;
+  Dropout dropout{};
   Rows grad_input;
   Vector grad_bias;
+  Rows output{};
   void* workspace = nullptr;
 };
 

@@ -7,11 +7,13 @@
 
 namespace resnorm::composite {
 
-Tensor bias_activation(const Tensor& input, const OptionalTensor& bias, c10::string_view activation);
+Tensor bias_activation(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
+                       const OptionalTensor& seed);
 
-std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const OptionalTensor& bias, c10::string_view activation,
-                                                    std::array<bool, 2> output_mask);
+std::tuple<Tensor, Tensor, Tensor> bias_activation_backward(const Tensor& grad_output, const Tensor& input,
+                                                            const OptionalTensor& bias, c10::string_view activation,
+                                                            double dropout_p, const OptionalTensor& seed,
+                                                            std::array<bool, 3> output_mask);
 
 // As kernels of a device.
 using BiasActivation = Materialized<bias_activation_meta, bias_activation>;

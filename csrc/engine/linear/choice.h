@@ -46,4 +46,9 @@ extern const LinearBackend onednn_unpacked;  // not in it: onednn, of a weight a
 // where oneDNN cannot, or would have to copy the weight.
 const LinearBackend& unpacked_backend(const Tensor& weight);
 
+// ATen, or oneDNN with the weight as it is, whichever is the faster one for this product, of an input that is not
+// empty: measured at the first one of its shape in the process. Weights that lie transposed are taken too. The
+// environment decides first; under deterministic algorithms it is ATen.
+const LinearBackend& fastest_unpacked_backend(const Tensor& input, const Tensor& weight);
+
 }  // namespace resnorm::engine

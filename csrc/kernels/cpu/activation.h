@@ -40,6 +40,10 @@ RESNORM_INLINE Vec<float> polynomial(const float (&coefficients)[kCount], Vec<fl
   return fma(sum_of(Index<0>{}, Index<kCount - 4>{}), square * square, sum_of(Index<kCount - 4>{}, Index<4>{}));
 }
 
+struct ValueAndDerivative {
+  Vec<float> value, derivative;
+};
+
 // The normal distribution. T is what the value will be rounded to.
 struct Gelu {
   template <class T>
@@ -49,7 +53,7 @@ struct Gelu {
 
   // exp(-x^2 / 2), which the density has, times a polynomial is the tail, too: fitted so that its error times
   // exp(-x^2 / 2) max(|x|, 1), which is that of the derivative, is nowhere above 3.5e-8.
-  static RESNORM_INLINE Vec<float> derivative(Vec<float> x) {
+  static RESNORM_INLINE ValueAndDerivative with_derivative(Vec<float> x) {
     using V = Vec<float>;
     constexpr float kHalfLog2E = 0.72134752F, kReciprocalSqrt2Pi = 0.39894228F;
     constexpr float kCoefficients[] = {-0x1.0d81eap-22F, 0x1.afe9b6p-18F, -0x1.370b60p-14F, 0x1.0de35cp-11F,
@@ -58,7 +62,7 @@ struct Gelu {
     const V distance = bounded_distance(x);
     const V exponential = exp2(V::broadcast(-kHalfLog2E) * (distance * distance));
     const V cdf = cdf_of_tail(x, exponential * polynomial(kCoefficients, distance));
-    return fma(x, V::broadcast(kReciprocalSqrt2Pi) * exponential, cdf);
+    return {x * cdf, fma(x, V::broadcast(kReciprocalSqrt2Pi) * exponential, cdf)};
   }
 
  private:
@@ -85,9 +89,9 @@ struct GeluTanh {
   static RESNORM_INLINE Vec<float> value(Vec<float> x) {
     return x * distribution<T>(x).cdf;
   }
-  static RESNORM_INLINE Vec<float> derivative(Vec<float> x) {
+  static RESNORM_INLINE ValueAndDerivative with_derivative(Vec<float> x) {
     const auto [cdf, density] = distribution<float>(x);
-    return fma(x, density, cdf);
+    return {x * cdf, fma(x, density, cdf)};
   }
 
  private:
@@ -117,8 +121,8 @@ struct Relu {
   static RESNORM_INLINE Vec<float> value(Vec<float> x) {
     return max(Vec<float>::broadcast(0), x);
   }
-  static RESNORM_INLINE Vec<float> derivative(Vec<float> x) {
-    return select_not_positive(x, Vec<float>::broadcast(0), Vec<float>::broadcast(1));
+  static RESNORM_INLINE ValueAndDerivative with_derivative(Vec<float> x) {
+    return {value<float>(x), select_not_positive(x, Vec<float>::broadcast(0), Vec<float>::broadcast(1))};
   }
 };
 

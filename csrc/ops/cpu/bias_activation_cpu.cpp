@@ -13,7 +13,8 @@ namespace resnorm {
 
 namespace {
 
-void run_forward(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, Rows output) {
+void run_forward(const Tensor& input, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
+                 const OptionalTensor& seed, Rows output) {
   const auto counts = row_counts(input, row_dims_of(input));
   const RowView input_rows(input, row_dims_of(input));
   const VectorView bias_view(bias);
@@ -22,41 +23,44 @@ void run_forward(const Tensor& input, const OptionalTensor& bias, c10::string_vi
                                         .input = input_rows.const_rows(),
                                         .bias = bias_view.const_vector(),
                                         .activation = parse_activation(activation),
+                                        .dropout = CpuKernels::dropout(dropout_p, seed),
                                         .output = output});
 }
 
-Tensor bias_activation_cpu(const Tensor& input, const OptionalTensor& bias, c10::string_view activation) {
+Tensor bias_activation_cpu(const Tensor& input, const OptionalTensor& bias, c10::string_view activation,
+                           double dropout_p, const OptionalTensor& seed) {
   if (input.scalar_type() == at::kDouble)
-    return composite::BiasActivation::kernel(input.contiguous(), bias, activation);
-  auto output = bias_activation_meta(input, bias, activation);
+    return composite::BiasActivation::kernel(input.contiguous(), bias, activation, dropout_p, seed);
+  auto output = bias_activation_meta(input, bias, activation, dropout_p, seed);
   if (output.numel() == 0) return output;
-  run_forward(input, bias, activation, result_rows(output, row_dims_of(output), true));
+  run_forward(input, bias, activation, dropout_p, seed, result_rows(output, row_dims_of(output), true));
   return output;
 }
 
 void bias_activation_out_cpu(const Tensor& input, const OptionalTensor& bias, c10::string_view activation,
-                             Tensor output) {
-  bias_activation_out_meta(input, bias, activation, output);
-  check_overlap(output, {input}, {bias});
+                             double dropout_p, const OptionalTensor& seed, Tensor output) {
+  bias_activation_out_meta(input, bias, activation, dropout_p, seed, output);
+  check_overlap(output, {input}, {bias, seed});
   if (input.scalar_type() == at::kDouble) {
-    output.copy_(composite::bias_activation(input.contiguous(), bias, activation));
+    output.copy_(composite::bias_activation(input.contiguous(), bias, activation, dropout_p, seed));
     return;
   }
   if (output.numel() == 0) return;
   OutputRows output_rows(output, row_dims_of(output));
-  run_forward(input, bias, activation, output_rows.rows());
+  run_forward(input, bias, activation, dropout_p, seed, output_rows.rows());
   output_rows.commit();
 }
 
-std::tuple<Tensor, Tensor> bias_activation_backward_cpu(const Tensor& grad_output, const Tensor& input,
-                                                        const OptionalTensor& bias, c10::string_view activation,
-                                                        std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> bias_activation_backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                                const OptionalTensor& bias, c10::string_view activation,
+                                                                double dropout_p, const OptionalTensor& seed,
+                                                                std::array<bool, 3> output_mask) {
   if (input.scalar_type() == at::kDouble) {
     return composite::BiasActivationBackward::kernel(grad_output.contiguous(), input.contiguous(), bias, activation,
-                                                     output_mask);
+                                                     dropout_p, seed, output_mask);
   }
-  auto results = bias_activation_backward_meta(grad_output, input, bias, activation, output_mask);
-  const auto& [grad_input, grad_bias] = results;
+  auto results = bias_activation_backward_meta(grad_output, input, bias, activation, dropout_p, seed, output_mask);
+  const auto& [grad_input, grad_bias, output] = results;
   const auto row_dims = row_dims_of(input);
   const auto counts = row_counts(input, row_dims);
   if (counts.cols == 0) return results;  // all of them empty; the kernels take rows of at least one element
@@ -68,8 +72,10 @@ std::tuple<Tensor, Tensor> bias_activation_backward_cpu(const Tensor& grad_outpu
                                          .input = input_rows.const_rows(),
                                          .bias = bias_view.const_vector(),
                                          .activation = parse_activation(activation),
+                                         .dropout = CpuKernels::dropout(dropout_p, seed),
                                          .grad_input = result_rows(grad_input, row_dims, output_mask[0]),
-                                         .grad_bias = result_vector(grad_bias, output_mask[1])});
+                                         .grad_bias = result_vector(grad_bias, output_mask[1]),
+                                         .output = result_rows(output, row_dims, output_mask[2])});
   return results;
 }
 
