@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 
 from .. import functional
-from ..engine.packing import pack, packing_of_sequences, unpack
+from ..engine.packing import equal_bounds, pack, packing_of_sequences, unpack
 from ..recording import is_exported
 from .dropout import dropout
 from .eligibility import has_plain_tensors, is_eager
@@ -144,12 +144,10 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, pattern: Attenti
     dropout_p = attention.dropout if attention.training else 0.0
     if pattern.cu_seqlens is None:
         context = _padded_attention(qkv, pattern, dropout_p)
-    elif dropout_p == 0.0:
-        context = functional.packed_attention(
-            qkv, pattern.cu_seqlens, max_seqlen=pattern.max_seqlen, causal=pattern.is_causal
-        )
+    elif dropout_p == 0.0 or qkv.is_cpu:
+        context = _packed_attention(qkv, pattern, dropout_p)
     else:
-        context = _packed_attention_with_dropout(qkv, pattern, dropout_p)
+        context = _packed_through_padded_attention(qkv, pattern, dropout_p)
     return _project_out(attention, context)
 
 
@@ -200,7 +198,27 @@ def _attention_weights(query: Tensor, key: Tensor, pattern: AttentionPattern) ->
     return torch.softmax(scores, -1)
 
 
+def has_attention_kernel(x: Tensor) -> bool:
+    """Whether this package's kernels compute attention without a mask, dropout and gradients included, of ``x``."""
+    return is_eager(x) and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+
+
+def _packed_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
+    return functional.packed_attention(
+        qkv,
+        pattern.cu_seqlens,
+        max_seqlen=pattern.max_seqlen,
+        causal=pattern.is_causal,
+        dropout_p=dropout_p,
+        training=True,
+    )
+
+
 def _padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
+    if pattern.mask is None and pattern.batch_first and has_attention_kernel(qkv):
+        batch, length = qkv.shape[:2]
+        packed = AttentionPattern(is_causal=pattern.is_causal, cu_seqlens=equal_bounds(batch, length))
+        return _packed_attention(qkv.flatten(0, 1), packed, dropout_p).unflatten(0, (batch, length))
     query, key, value = _heads_first(qkv, pattern.batch_first)
     # With dropout scaled_dot_product_attention computes on a CPU just what is computed here, but for its dropout, and
     # products of half types in float32.
@@ -211,8 +229,8 @@ def _padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) 
     return _tokens_first(context, pattern.batch_first)
 
 
-def _packed_attention_with_dropout(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
-    """Through a padded batch: ``functional.packed_attention`` drops no attention weights."""
+def _packed_through_padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
+    """Where nothing else has a fast kernel for attention with dropout."""
     packing = packing_of_sequences(pattern.cu_seqlens.to(qkv.device), qkv.size(0), pattern.max_seqlen)
     padded = unpack(qkv, packing)
     mask, is_causal = merge_masks(

@@ -2,7 +2,7 @@
 """The way a batch takes through encoder layers, chosen at every call:
 
 - **packed**: fused operators on real tokens only. Where the caller gives ``cu_seqlens``; where padding hides anything
-  and may be skipped (padding.py); and in inference without padding, where there is a kernel for the attention. Not with
+  and may be skipped (padding.py); and without padding, where there is a kernel for the attention. Not with
   masks other than for padding and a causal one, nor with activations other than ReLU and GELU.
 - **padded**: fused operators on the batch with its masks as given. Under torch.compile and export nothing depends on
   the masks' values.
@@ -26,7 +26,7 @@ from ..engine.encode import encode_padded
 from ..engine.packing import check_sequences, equal_bounds, pack, packing_of, packing_of_sequences, unpack
 from ..engine.prepared import current_layers, prepared_layers
 from ..engine.spec import LayerOptions
-from .attention import AttentionPattern
+from .attention import AttentionPattern, has_attention_kernel
 from .calls import record
 from .eligibility import activation_name, autocast_reason, grad_reason, has_global_hooks, is_cpu_inference, is_eager
 from .encoder_stack import LAYER, ResidualStream, run_layers
@@ -143,8 +143,8 @@ def encode_batch(
             key_padding_mask = hidden = None
         elif (mask is None or is_causal) and _can_pack(stack) and _skips(stack, src, mask, key_padding_mask, hidden):
             return _run_packed(stack, src, hidden, is_causal, reason)
-    if hidden is None and (mask is None or is_causal) and _has_attention_kernel(stack, src) and _can_pack(stack):
-        return _run_unpadded(stack, src, is_causal)
+    if hidden is None and (mask is None or is_causal) and has_attention_kernel(src) and _can_pack(stack):
+        return _run_unpadded(stack, src, is_causal, reason)
     return _run_padded(stack, src, mask, key_padding_mask, is_causal, reason)
 
 
@@ -205,17 +205,6 @@ def _skips(
     )
 
 
-def _has_attention_kernel(stack: Stack, src: Tensor) -> bool:
-    """Whether this package's kernel computes the attention of this call: inference on the CPU."""
-    return (
-        is_cpu_inference(src)
-        and autocast_reason() is None
-        and not any(layer.self_attn.training and layer.self_attn.dropout > 0.0 for layer in stack.layers)
-        and src.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and src.numel() > 0
-    )
-
-
 def _can_pack(stack: Stack) -> bool:
     """Whether every activation treats positions alike: one that we do not know may do anything with a batch."""
     return all(activation_name(layer.activation) is not None for layer in stack.layers)
@@ -232,8 +221,8 @@ def _run_packed(stack: Stack, src: Tensor, padding: Tensor, is_causal: bool, rea
     return _batch_first(output, stack).contiguous()
 
 
-def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool) -> Tensor:
-    record(stack.module, "packed")
+def _run_unpadded(stack: Stack, src: Tensor, is_causal: bool, reason: str | None) -> Tensor:
+    record(stack.module, "packed", reason)
     x = _batch_first(src, stack)
     batch, length, dim = x.shape
     cu_seqlens = equal_bounds(batch, length)

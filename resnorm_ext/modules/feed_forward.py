@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting
 
+from .. import functional
 from .dropout import dropout
-from .eligibility import activation_name, has_global_hooks, is_plain
+from .eligibility import activation_name, has_global_hooks, is_eager, is_plain
 from .linear import linear
 from .originals import COMMON
 from .tracing import asks_for_original
@@ -73,6 +74,17 @@ class FeedForward(nn.Module):
 def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
     """The feed-forward block of the ``linear1``, ``activation``, ``dropout`` and ``linear2`` that ``block`` holds."""
     epilogue = activation_name(block.activation)
+    if epilogue is not None and torch.is_grad_enabled() and is_eager(x) and x.is_cpu:
+        return functional.feed_forward(
+            x,
+            block.linear1.weight,
+            block.linear1.bias,
+            block.linear2.weight,
+            block.linear2.bias,
+            activation=epilogue,
+            dropout_p=block.dropout.p,
+            training=block.dropout.training,
+        )
     hidden = linear(block.linear1, x, block.linear1.weight, block.linear1.bias, epilogue or "none")
     if epilogue is None:
         hidden = block.activation(hidden)
