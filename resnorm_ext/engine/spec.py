@@ -16,6 +16,22 @@ from ..modules.norm import LayerNorm
 from .linear import LinearShape
 
 
+class Dropouts(NamedTuple):
+    """Where the rates of a layer's dropouts are, as pairs of module and attribute; None where there is none. Each acts
+    in the training mode of that module.
+
+    Attributes:
+        attention_weights: which ``attention`` applies.
+        attention_update, update: before the two residual adds.
+        activation: within the feed-forward.
+    """
+
+    attention_weights: tuple[str, str]
+    attention_update: tuple[str, str] | None = None
+    activation: tuple[str, str] | None = None
+    update: tuple[str, str] | None = None
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """How a library's layer is made.
@@ -36,7 +52,7 @@ class LayerSpec:
         attention_norm, feed_forward_norm: after the residual add of a post-norm layer, before the block of a pre-norm
             one.
         activation: the feed-forward's.
-        dropouts: the rates of all dropouts, which act in the training mode of the module that holds them.
+        dropouts: where their rates are.
         methods: those that the layer runs by, of which a module may have its own.
         norm_first: whether layers are pre-norm; where None, their attribute of that name says.
         linear: the class of the linear layers.
@@ -55,7 +71,7 @@ class LayerSpec:
     activation: tuple[str, str]
     output: str
     feed_forward_norm: str
-    dropouts: tuple[tuple[str, str], ...]
+    dropouts: Dropouts
     head_dim: str = "head_dim"
     scaling: str | None = "scaling"
     split_size: str | None = None
@@ -69,7 +85,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         linears = {prefix[:-1]: (self.linear,) for prefix in self.linears() if prefix.endswith(".")}
         norms = dict.fromkeys(self.norms(), (LayerNorm, nn.LayerNorm))
-        dropouts = {name: (nn.Dropout,) for name, rate in self.dropouts if rate == "p"}
+        dropouts = {name: (nn.Dropout,) for name, rate in self.dropout_places() if rate == "p"}
         object.__setattr__(self, "all_parts", linears | norms | dropouts | self.parts)
 
     def is_as_built(self, module: nn.Module | None, *types: type[nn.Module]) -> bool:
@@ -85,12 +101,22 @@ class LayerSpec:
     def norms(self) -> tuple[str, str]:
         return self.attention_norm, self.feed_forward_norm
 
-    def reason(self, layer: nn.Module) -> str | None:
-        """What of ``layer`` is not as it was built, as an end of a sentence about it; None where all is."""
+    def dropout_places(self) -> list[tuple[str, str]]:
+        return [place for place in self.dropouts if place is not None]
+
+    def dropout_rate(self, layer: nn.Module, place: tuple[str, str] | None) -> float:
+        """At which the dropout there acts now; 0 where there is none."""
+        return _value(layer, place) if place is not None and module_at(layer, place[0]).training else 0.0
+
+    def reason(self, layer: nn.Module, *, any_linears: bool = False) -> str | None:
+        """What of ``layer`` is not as it was built, as an end of a sentence about it; None where all is. Its linear
+        layers need not be, where ``any_linears``."""
         if self.types and not self.is_as_built(layer, *self.types):
             return _not_as_built(layer, *self.types)
         for name, types in self.all_parts.items():
             part = module_at(layer, name)
+            if any_linears and part is not None and f"{name}." in self.linears():
+                continue
             if not self.is_as_built(part, *types):
                 return f".{name}{_not_as_built(part, *types)}"
         for name, method in self.methods:
@@ -98,9 +124,9 @@ class LayerSpec:
                 return f"{name and '.'}{name} has a {method} of its own"
         return None
 
-    def lasting_reason(self, layer: nn.Module) -> str | None:
+    def lasting_reason(self, layer: nn.Module, *, any_linears: bool = False) -> str | None:
         """What keeps ``layer`` from the engine whatever the call: ``reason``, or that the engine cannot do it."""
-        reason = self.reason(layer)
+        reason = self.reason(layer, any_linears=any_linears)
         if reason is not None:
             return reason
         if self.activation_name(_value(layer, self.activation)) is None:
@@ -112,7 +138,7 @@ class LayerSpec:
 
     def reason_in_inference(self, layer: nn.Module, dtype: torch.dtype) -> str | None:
         """What keeps a ``layer`` that is as it was built from inference on an input of ``dtype``."""
-        if any(module_at(layer, name).training and _value(layer, (name, rate)) > 0.0 for name, rate in self.dropouts):
+        if any(self.dropout_rate(layer, place) > 0.0 for place in self.dropout_places()):
             return " is in training: dropout acts"
         try:
             linears = [_weight_and_bias(layer, prefix) for prefix in self.linears()]
@@ -181,8 +207,8 @@ class LayerSpec:
         digits: it makes variables of those."""
         values: list[bool | str] = []
         for layer in layers:
-            values += [getattr(module_at(layer, name), "training", False) for name, _ in self.dropouts]
-            numbers = [getattr(module_at(layer, name), rate, 0.0) for name, rate in self.dropouts]
+            values += [getattr(module_at(layer, name), "training", False) for name, _ in self.dropout_places()]
+            numbers = [getattr(module_at(layer, name), rate, 0.0) for name, rate in self.dropout_places()]
             numbers += [getattr(module_at(layer, name), "eps", 0.0) for name in self.norms()]
             if self.scaling is not None:
                 numbers.append(getattr(module_at(layer, self.attention), self.scaling, 0.0))

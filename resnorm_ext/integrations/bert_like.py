@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
+from ..engine.spec import Dropouts
 from .block import add_norm
 from .family import Family
 from .replace import Replacement, original_forward
@@ -146,7 +147,11 @@ def bert_like(
         activation=("intermediate", "intermediate_act_fn"),
         output="output.dense.",
         feed_forward_norm="output.LayerNorm",
-        dropouts=(("attention.self.dropout", "p"), ("attention.output.dropout", "p"), ("output.dropout", "p")),
+        dropouts=Dropouts(
+            attention_weights=("attention.self.dropout", "p"),
+            attention_update=("attention.output.dropout", "p"),
+            update=("output.dropout", "p"),
+        ),
         methods=(("", "feed_forward_chunk"),),
     )
     pooler = getattr(library, f"{prefix}Pooler", None)

@@ -17,7 +17,7 @@ from ..engine.packing import Packing, pack, unpack
 from ..engine.prepared import PREPARED, PreparedLayers, prepared_layers
 from ..engine.spec import LayerOptions
 from ..modules.calls import record
-from ..modules.eligibility import autocast_reason, has_global_hooks
+from ..modules.eligibility import autocast_reason, grad_reason, has_global_hooks
 from ..modules.originals import Originals
 from ..recording import is_exported
 from .eligibility import (
@@ -28,6 +28,7 @@ from .eligibility import (
     mode_reason,
     packing_of_mask,
 )
+from .packed_training import TrainedLayers, training_reason
 from .spec import TransformersLayer
 
 # The heads that are running, each with whether its result reads padded positions (heads.py).
@@ -75,8 +76,9 @@ class LayerStack(NamedTuple):
 class PackedBatch(NamedTuple):
     """A batch that is to go through ``layers`` without padding."""
 
-    layers: PreparedLayers
+    layers: PreparedLayers | TrainedLayers
     packing: Packing
+    reason: str | None = None  # why that is not the fastest path
 
 
 def lasting_reason(
@@ -120,11 +122,46 @@ def layers_to_run(stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: d
     return stack.attention_reason(layers.configs) or layers
 
 
+def layers_of_call(
+    stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: dict[str, Any], outer: Sequence[Tensor] = ()
+) -> PreparedLayers | TrainedLayers | str:
+    """``layers_to_run``, or where the call is recorded, because one of the stack's parameters, ``x`` or what it is
+    computed from, ``outer``, requires grad, the layers as they train."""
+    if not (torch.is_grad_enabled() and any(each.requires_grad for each in (x, *outer, *stack.owner.parameters()))):
+        return layers_to_run(stack, x, dtype, arguments)
+    if captures_outputs():
+        return "hidden states or attention weights are asked for"
+    reason = mode_reason(x, stack.originals) or stack.given(arguments)
+    if reason is None and len(stack.layers) == 0:
+        reason = "there is no layer"
+    reason = reason or training_reason(stack.spec, stack.layers, stack.name)
+    if reason is not None:
+        return reason
+    layers = TrainedLayers(stack.layers, stack.spec)
+    return stack.attention_reason(layers.configs) or layers
+
+
+def batch_of(
+    stack: LayerStack, layers: PreparedLayers | TrainedLayers, key_mask: Tensor | None, shape: torch.Size
+) -> PackedBatch | str:
+    """What a call packs of a batch of ``(batch_size, length)`` whose keys ``key_mask`` hides where False; or why it
+    does not."""
+    reason = padding_reason(stack, key_mask)
+    if reason is not None:
+        return reason
+    trains, slow = isinstance(layers, TrainedLayers), None
+    if trains and not stack.owner.training:
+        slow = grad_reason(stack.owner)
+    if trains and stack.padding != "skip" and key_mask is not None and not key_mask.all():
+        return slow or "padding is computed in training, unless padding is 'skip'"
+    return PackedBatch(layers, packing_of_mask(key_mask, *shape), slow)
+
+
 def packed_batch(
     stack: LayerStack, x: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]
 ) -> PackedBatch | str:
     """What a call on padded hidden states packs; or why it cannot."""
-    layers = layers_to_run(stack, x, x.dtype, arguments)
+    layers = layers_of_call(stack, x, x.dtype, arguments)
     if isinstance(layers, str):
         return layers
     if x.dim() != 3 or not x.numel():
@@ -136,7 +173,7 @@ def packed_batch(
         key_mask = key_mask_of(attention_mask, *x.shape[:2])
         if key_mask is None:
             return "the attention mask does not only hide keys"
-    return padding_reason(stack, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))
+    return batch_of(stack, layers, key_mask, x.shape[:2])
 
 
 def padding_reason(stack: LayerStack, key_mask: Tensor | None) -> str | None:
@@ -157,7 +194,7 @@ def may_read_padding(choice: str) -> bool:
 
 def encode_packed(stack: LayerStack, tokens: Tensor, batch: PackedBatch) -> Tensor:
     """The last layer's output for the packed ``tokens``, padded again."""
-    record(stack.caller, "packed")
+    record(stack.caller, "packed", batch.reason)
     return unpack(batch.layers.encode(tokens, batch.packing.cu_seqlens), batch.packing)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..build.extension import assume_constant_result
 from ..recording import is_exported
-from .eligibility import implementation_reason, is_as_built, packing_of_mask
+from .eligibility import implementation_reason, is_as_built
 from .replace import Replacement, named_modules
-from .stack import PackedBatch, keys_only, layers_to_run, padding_reason
+from .stack import PackedBatch, batch_of, keys_only, layers_of_call
 from .varlen import MODEL_METHODS, PackedEncoder, PackedLinear, TextEncoder, carrying, embeddings_as_built
 
 
@@ -143,13 +143,11 @@ def packed_batch_of(
     others = {name: value for name, value in arguments.items() if name not in (*text_encoder.arguments, "use_cache")}
     dtype = embeddings.word_embeddings.weight.dtype
     outer = (*embeddings.parameters(), *(parameter for module in between for parameter in module.parameters()))
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in outer):
-        return "grad mode is on and the embeddings require grad: use torch.no_grad()"
-    layers = layers_to_run(stack, x, dtype, others)
+    layers = layers_of_call(stack, x, dtype, others, outer)
     if isinstance(layers, str):
         return layers
     if key_mask is not None:
         if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2]:
             return "the attention mask is not that of a padded batch"
         key_mask = key_mask.to(torch.bool)
-    return padding_reason(stack, key_mask) or PackedBatch(layers, packing_of_mask(key_mask, *x.shape[:2]))
+    return batch_of(stack, layers, key_mask, x.shape[:2])

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .. import functional
 from ..engine.packing import pack
+from ..modules.dropout import dropout
 from ..modules.originals import Originals, forwards
 from ..modules.padding import PaddingChoice
 from .block import NORMS
@@ -167,7 +168,7 @@ class PackedEmbeddings(Replacement, nn.Module):
 
         positions = of_tokens(self.positions(input_ids, packing.length) if position_ids is None else position_ids)
         if inputs_embeds is None:
-            words = F.embedding(of_tokens(input_ids), self.word_embeddings.weight)
+            words = _look_up(self.word_embeddings, of_tokens(input_ids))
         else:
             words = pack(inputs_embeds, packing)
         for name, ids in (types or {}).items():
@@ -178,10 +179,14 @@ class PackedEmbeddings(Replacement, nn.Module):
                     ids = torch.zeros_like(positions) if default is None else default[0, positions]
                 else:
                     ids = of_tokens(ids)
-                words += F.embedding(ids, table.weight)
-        tokens = F.embedding(positions, self.position_embeddings.weight)
-        norm = self.LayerNorm
-        functional.add_layer_norm(tokens, words, norm.normalized_shape, norm.weight, norm.bias, norm.eps, out=tokens)
+                words = words + _look_up(table, ids)
+        tokens, norm = _look_up(self.position_embeddings, positions), self.LayerNorm
+        out = None if torch.is_grad_enabled() else tokens
+        tokens = functional.add_layer_norm(
+            tokens, words, norm.normalized_shape, norm.weight, norm.bias, norm.eps, out=out
+        )
+        if self.dropout.training and self.dropout.p > 0.0:
+            tokens = dropout(tokens, self.dropout.p)
         return _placeholder(tokens, batch)
 
 
@@ -225,13 +230,16 @@ def embeddings_as_built(embeddings: nn.Module, text_encoder: TextEncoder) -> boo
         and is_as_built(parts["LayerNorm"], *NORMS)
         and tuple(parts["LayerNorm"].normalized_shape) == (tables[0].embedding_dim,)
         and is_as_built(parts["dropout"], nn.Dropout)
-        and not (parts["dropout"].training and parts["dropout"].p > 0.0)
     )
+
+
+def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table.weight, table.padding_idx, None, 2.0, table.scale_grad_by_freq, table.sparse)
 
 
 def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:
     """``tensor`` as a new object that carries ``batch``."""
-    alias = tensor.detach()
+    alias = tensor.view_as(tensor)
     alias._resnorm_batch = batch
     return alias
 

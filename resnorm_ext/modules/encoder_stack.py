@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional
-from ..engine.spec import LayerSpec, module_at
+from ..engine.spec import Dropouts, LayerSpec, module_at
 from .attention import AttentionPattern, SelfAttention, is_self_attention, kept_for_backward, self_attention
 from .eligibility import has_global_hooks, is_eager, is_plain
 from .feed_forward import feed_forward
@@ -37,7 +37,12 @@ LAYER = LayerSpec(
     activation=("", "activation"),
     output="linear2.",
     feed_forward_norm="norm2",
-    dropouts=(("self_attn", "dropout"), ("dropout", "p"), ("dropout1", "p"), ("dropout2", "p")),
+    dropouts=Dropouts(
+        attention_weights=("self_attn", "dropout"),
+        attention_update=("dropout1", "p"),
+        activation=("dropout", "p"),
+        update=("dropout2", "p"),
+    ),
     norm_first=None,
 )
 

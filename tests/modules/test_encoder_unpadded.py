@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Batches without padding in inference: through this package's attention where it has a kernel."""
+"""Batches without padding: through this package's attention where it has a kernel."""
 
 from __future__ import annotations
 
@@ -81,13 +81,26 @@ def test_an_unbatched_sequence(batch_first, way):
     torch.testing.assert_close(output, encoder(src), rtol=1e-5, atol=1e-5)
 
 
-def test_what_else_a_call_may_ask_for_is_not_for_the_kernel(monkeypatch, way):
+def test_masks_and_float64_are_not_for_the_kernel(monkeypatch, way):
     monkeypatch.setattr(functional, "packed_attention", lambda *_, **__: pytest.fail("packed"))
     encoder, src = resnorm_ext.accelerate(build(True)), source(True)
-    assert way(encoder, src)[0] == "padded"  # grad mode
-    with torch.no_grad():
-        assert way(encoder, src, torch.zeros(LENGTH, LENGTH))[0] == "padded"
-        assert way(resnorm_ext.accelerate(build(True).double()), src.double())[0] == "padded"
-        with torch.autocast("cpu", torch.float16):
-            assert way(encoder, src)[0] == "padded"
-        assert way(encoder.train(), src)[0] == "padded"
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert way(encoder, src, torch.zeros(LENGTH, LENGTH))[0] == "padded"
+            assert way(resnorm_ext.accelerate(build(True).double()), src.double())[0] == "padded"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_training_without_padding_is_packed(way, batch_first, causal):
+    encoder, src = resnorm_ext.accelerate(build(batch_first)), source(batch_first)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None
+    original = build(batch_first)
+    original.load_state_dict(encoder.state_dict())
+    for training in (False, True):
+        assert way(encoder.train(training), src, mask)[0] == "packed"
+    grads = []
+    for model in (encoder.eval(), original.eval()):
+        model(src, mask).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 
 from transformers.models.bart import modeling_bart
 
+from ...engine.spec import Dropouts
 from ...modules.padding import PaddingChoice
 from ..family import Family
 from ..looped import StackLayer
@@ -24,7 +25,7 @@ BartEncoderLayer.spec = TransformersLayer(
     activation=("", "activation_fn"),
     output="fc2.",
     feed_forward_norm="final_layer_norm",
-    dropouts=(("self_attn", "dropout"), ("", "dropout"), ("", "activation_dropout")),
+    dropouts=Dropouts(("self_attn", "dropout"), ("", "dropout"), ("", "activation_dropout"), ("", "dropout")),
 )
 
 INTEGRATION = Family(BartEncoderLayer.spec, [BartEncoderLayer], looped=modeling_bart.BartEncoder)

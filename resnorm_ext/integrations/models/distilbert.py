@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
 
+from ...engine.spec import Dropouts
 from ...modules.tracing import for_torchscript
 from ..block import add_norm
 from ..family import Family
@@ -73,7 +74,7 @@ _LAYER = TransformersLayer(
     activation=("ffn", "activation"),
     output="ffn.lin2.",
     feed_forward_norm="output_layer_norm",
-    dropouts=(("attention.dropout", "p"), ("ffn.dropout", "p")),
+    dropouts=Dropouts(("attention.dropout", "p"), update=("ffn.dropout", "p")),
     methods=(("ffn", "ff_chunk"),),
 )
 DistilBertTransformer.text_encoder = TextEncoder(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ... import functional
 from ...engine.encode import pre_norm_layer
 from ...engine.packing import equal_bounds
+from ...engine.spec import Dropouts
 from ...modules.calls import record
 from ...modules.eligibility import products_under_autocast
 from ..block import add, add_then_norm, layer_for_inference
@@ -160,7 +161,7 @@ _LAYER = TransformersLayer(
     activation=("mlp", "act"),
     output="mlp.c_proj.",
     feed_forward_norm="ln_2",
-    dropouts=(("attn.attn_dropout", "p"), ("attn.resid_dropout", "p"), ("mlp.dropout", "p")),
+    dropouts=Dropouts(("attn.attn_dropout", "p"), ("attn.resid_dropout", "p"), update=("mlp.dropout", "p")),
     norm_first=True,
     transposed=True,
     is_causal=True,

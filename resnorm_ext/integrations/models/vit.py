@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.vit import modeling_vit
 
+from ...engine.spec import Dropouts
 from ..block import add, add_then_norm
 from ..family import Family
 from ..looped import StackLayer
@@ -32,7 +33,7 @@ ViTLayer.spec = TransformersLayer(
     activation=("mlp", "activation_fn"),
     output="mlp.fc2.",
     feed_forward_norm="layernorm_after",
-    dropouts=(("attention", "attention_dropout"), ("dropout", "p")),
+    dropouts=Dropouts(("attention", "attention_dropout"), ("dropout", "p"), update=("dropout", "p")),
     norm_first=True,
 )
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A text encoder's layers on packed batches where a backward pass may follow.
+
+Linear layers are called as the modules that they are, unless they are plain: adapters and hooks on them train too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .. import functional
+from ..engine.spec import LayerSpec, module_at
+from ..modules.encoder_stack import ResidualStream
+from .eligibility import is_as_built
+
+
+class TrainedLayers:
+    """Post-norm layers as a call that is recorded runs them, instead of ``PreparedLayers``.
+
+    Attributes:
+        configs: of the layers' attentions.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], spec: LayerSpec) -> None:
+        self._layers, self._spec = layers, spec
+        self.configs: list[PreTrainedConfig] = [layer.get_submodule(spec.attention).config for layer in layers]
+
+    def encode(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The last layer's output for packed ``tokens``, ``(tokens, dim)``, whose sequences' bounds are
+        ``cu_seqlens``."""
+        for layer in self._layers:
+            run = partial(self._run, layer, cu_seqlens=cu_seqlens)
+            if getattr(layer, "gradient_checkpointing", False) and layer.training:
+                tokens = layer._gradient_checkpointing_func(run, tokens)
+            else:
+                tokens = run(tokens)
+        return tokens
+
+    def _run(self, layer: nn.Module, tokens: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+        spec, dropouts = self._spec, self._spec.dropouts
+        stream = ResidualStream(tokens, owns_x=False)
+        update = self._attend(layer, tokens, cu_seqlens)
+        stream.add_and_normalize(
+            update, self._dropout(layer, dropouts.attention_update), module_at(layer, spec.attention_norm)
+        )
+        update = self._feed_forward(layer, stream.x)
+        stream.add_and_normalize(
+            update, self._dropout(layer, dropouts.update), module_at(layer, spec.feed_forward_norm)
+        )
+        return stream.x
+
+    def _attend(self, layer: nn.Module, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        spec, attention = self._spec, module_at(layer, self._spec.attention)
+        query, key, value = (_linear(layer, name, tokens) for name in spec.projections)
+        qkv = torch.stack((query, key, value), 1).unflatten(-1, (-1, int(getattr(attention, spec.head_dim))))
+        place = spec.dropouts.attention_weights
+        rate = getattr(module_at(layer, place[0]), place[1])
+        context = functional.packed_attention(
+            qkv,
+            cu_seqlens,
+            scale=None if spec.scaling is None else float(getattr(attention, spec.scaling)),
+            dropout_p=rate,
+            training=attention.training,  # transformers asks the attention, not its dropout
+        )
+        return _linear(layer, spec.attention_output, context.flatten(1))
+
+    def _feed_forward(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        spec = self._spec
+        first, second = (module_at(layer, name[:-1]) for name in (spec.intermediate, spec.output))
+        activation = getattr(module_at(layer, spec.activation[0]), spec.activation[1])
+        if is_as_built(first, nn.Linear) and is_as_built(second, nn.Linear):
+            return functional.feed_forward(
+                tokens,
+                first.weight,
+                first.bias,
+                second.weight,
+                second.bias,
+                activation=spec.activation_name(activation),
+            )
+        return _linear(layer, spec.output, activation(_linear(layer, spec.intermediate, tokens)))
+
+    def _dropout(self, layer: nn.Module, place: tuple[str, str] | None) -> nn.Dropout:
+        return _NO_DROPOUT if place is None else module_at(layer, place[0])
+
+
+_NO_DROPOUT = nn.Dropout(0.0)
+
+
+def training_reason(spec: LayerSpec, layers: Sequence[nn.Module], name: str) -> str | None:
+    """What keeps ``layers``, as they are now, from ``TrainedLayers``; ``name`` is a layer's, with a place for its
+    index."""
+    for index, layer in enumerate(layers):
+        reason = spec.lasting_reason(layer, any_linears=True)
+        if reason is not None:
+            return f"{name.format(index)}{reason}"
+    return None
+
+
+def _linear(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    module = module_at(layer, name[:-1])
+    return functional.linear(x, module.weight, module.bias) if is_as_built(module, nn.Linear) else module(x)
