@@ -113,11 +113,12 @@ def packed_attention(
     seed: Tensor | None,
 ) -> Tensor:
     """One attention over all tokens: reads no value of ``cu_seqlens``, so it is recorded for other lengths too."""
-    if dropout_p > 0.0:
+    if dropout_p > 0.0 and seed is not None:
         return reference.packed_attention(qkv, cu_seqlens, scale, causal, dropout_p=dropout_p, seed=seed)
     mask = reference.visible_keys(cu_seqlens.to(qkv.device), qkv.size(0), causal)
     query, key, value = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).squeeze(0).transpose(0, 1)
+    context = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
+    return context.squeeze(0).transpose(0, 1)
 
 
 def _layer_norm(

@@ -284,6 +284,8 @@ def bias_activation(
         ValueError: another ``activation``, ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` is not floating point.
     """
+    if out is None and _drops_by_itself(input, dropout_p, training, seed):
+        return F.dropout(bias_activation(input, bias, activation), dropout_p)
     dropout_p, seed = _dropout_seed(input, dropout_p, training, seed)
     if out is None:
         return _call("bias_activation", input, bias, activation, dropout_p, seed)
@@ -330,6 +332,8 @@ def feed_forward(
         ValueError: another ``activation``, ``dropout_p`` outside [0, 1].
         NotImplementedError: ``input`` is not floating point.
     """
+    if _drops_by_itself(input, dropout_p, training, seed):
+        return linear(F.dropout(linear(input, weight1, bias1, activation=activation), dropout_p), weight2, bias2)
     dropout_p, seed = _dropout_seed(input, dropout_p, training, seed)
     return _call("feed_forward", input, weight1, bias1, weight2, bias2, activation, dropout_p, seed)
 
@@ -359,6 +363,8 @@ def packed_attention(
     Returns:
         ``(tokens, heads, head_dim)``.
     """
+    if _drops_by_itself(qkv, dropout_p, training, seed):
+        return composite.packed_attention(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, None)
     dropout_p, seed = _dropout_seed(qkv, dropout_p, training, seed)
     return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed)
 
@@ -436,11 +442,15 @@ def _dropout(
     input: Tensor, input_bias: Tensor | None, p: float, training: bool, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None, float, Tensor | None]:
     """``input`` and ``input_bias``, the dropout that acts on their sum at this call, and its seed."""
-    drops = training and p > 0.0
-    if drops and seed is None and _is_foreign(input):
-        # Its random numbers are its own too: those of a sharded tensor differ between devices.
+    if _drops_by_itself(input, p, training, seed):
         return F.dropout(input if input_bias is None else input + input_bias, p), None, 0.0, None
     return input, input_bias, *_dropout_seed(input, p, training, seed)
+
+
+def _drops_by_itself(input: Tensor, p: float, training: bool, seed: Tensor | None) -> bool:
+    """Whether dropout acts whose random numbers are ``input``'s own: those of a sharded tensor differ between
+    devices."""
+    return training and p > 0.0 and seed is None and _is_foreign(input)
 
 
 def _dropout_seed(input: Tensor, p: float, training: bool, seed: Tensor | None) -> tuple[float, Tensor | None]:

@@ -61,13 +61,7 @@ Tensor feed_forward_autograd(const Tensor& input, const Tensor& weight1, const O
       (records && !(has_training_product(input, weight1) && has_training_product(input, weight2)))) {
     return composite::feed_forward(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed);
   }
-  if (records) {
-    check_linear(input, weight1, bias1);
-    TORCH_CHECK(weight2.dim() == 2 && weight2.size(1) == weight1.size(0), "Expected weight2 of shape (*, ",
-                weight1.size(0), ") for a weight1 of shape ", weight1.sizes(), ", but got weight2 of shape ",
-                weight2.sizes());
-    return FeedForwardFunction::apply(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed);
-  }
+  if (records) return FeedForwardFunction::apply(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed);
   at::AutoDispatchBelowADInplaceOrView guard;
   return feed_forward(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed);
 }

@@ -49,7 +49,6 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Optional
     return composite::linear(input, weight, bias, activation);
   }
   if (records) {
-    check_linear(input, weight, bias);
     if (parse_activation(activation) == Activation::kNone) return training_product(input, weight, bias);
     return bias_activation(training_product(input, weight), bias, activation, /*dropout_p=*/0, /*seed=*/std::nullopt);
   }
@@ -67,6 +66,7 @@ bool has_training_product(const Tensor& input, const Tensor& weight) {
 }
 
 Tensor training_product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_linear(input, weight, bias);
   if (requires_grad(input, weight, bias)) return ProductFunction::apply(input, weight, bias);
   at::AutoDispatchBelowADInplaceOrView guard;
   return ProductFunction::multiply(input, weight, bias);

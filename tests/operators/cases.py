@@ -56,6 +56,11 @@ class Case:
         return self.operator == "bias_activation"
 
     @property
+    def drops(self) -> bool:
+        """Whether it has dropout."""
+        return self.adds or self.activates
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         if self.operator == "residual_add":
             return ("s",)
@@ -85,7 +90,7 @@ class Case:
 
     def ours(self, inputs: Inputs, *, normalized_dims: int = 1, seed: Tensor = SEED, **options) -> tuple[Tensor, ...]:
         """The operator's results, ``self.outputs``; ``options`` are more keyword arguments, as ``eps`` or ``out``."""
-        if self.adds:
+        if self.drops:
             options |= {"dropout_p": self.dropout_p, "training": True, "seed": seed}
         if self.adds and self.normalizes:
             options |= {"prenorm": self.prenorm}
@@ -97,7 +102,7 @@ class Case:
         self, inputs: Inputs, *, normalized_dims: int = 1, seed: Tensor = SEED, **options
     ) -> tuple[Tensor, ...]:
         """What ``ours`` should give, in the dtype of ``inputs``."""
-        if self.adds:
+        if self.drops:
             options |= {"dropout_p": self.dropout_p, "seed": seed}
         options = self._fixed_options(inputs, normalized_dims) | options
         result = getattr(reference, self.operator)(**inputs, **options)
@@ -143,8 +148,8 @@ ADD_RMS_NORM = [
     ]
 ]
 BIAS_ACTIVATION = [
-    Case("bias_activation", optional, activation=activation)
-    for optional in [(), ("bias",)]
+    Case("bias_activation", optional, p, activation=activation)
+    for optional, p in [((), 0.0), ((), 0.3), (("bias",), 0.0), (("bias",), 0.3)]
     for activation in ("relu", "gelu_tanh", "gelu")
 ]
 NORM_CASES = LAYER_NORM + RESIDUAL_ADD + ADD_LAYER_NORM + RMS_NORM + ADD_RMS_NORM

@@ -32,8 +32,10 @@ def arguments(case: Case, inputs: Inputs, residual_dtype: torch.dtype | None = N
     arguments = dict(inputs)
     if case.normalizes:
         arguments |= {"normalized_shape": inputs["input"].shape[-1:]}
+    if case.drops:
+        arguments |= {"dropout_p": case.dropout_p, "seed": SEED}
     if case.adds:
-        arguments |= {"dropout_p": case.dropout_p, "seed": SEED, "residual_dtype": residual_dtype}
+        arguments |= {"residual_dtype": residual_dtype}
     if case.adds and case.normalizes:
         arguments |= {"prenorm": case.prenorm}
     if case.normalizes and not case.centered:
@@ -73,7 +75,7 @@ def test_forward(case, dtype):
             assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.adds or case.activates], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.drops], ids=str)
 def test_out(case):
     inputs = case.make_inputs((5, 40))
     call = arguments(case, inputs)
@@ -126,7 +128,7 @@ def test_norm_backward(dtype, affine, centered):
 def test_bias_activation_backward(case, dtype):
     input, grad = torch.randn(2, 6, 40, dtype=torch.float64).to(dtype)
     bias = torch.randn(40).to(dtype) if case.optional else None
-    call = (grad, input, bias, case.activation, [True, bias is not None])
+    call = (grad, input, bias, case.activation, case.dropout_p, SEED, [True, bias is not None, True])
     assert_alike(composite("_bias_activation_backward", *call), native("_bias_activation_backward", *call))
 
 
@@ -160,8 +162,8 @@ def test_results_alias_nothing_and_have_the_strides_that_were_promised(dtype):
         "rms_norm": (x, [8], None, 1e-5),
         "residual_add": (x, r, None, 0.0, None, None),
         "_residual_add_backward": (grad, None, 0.0, None, dtype, [True, False]),
-        "bias_activation": (x, None, "relu"),
-        "_bias_activation_backward": (grad, x, None, "relu", [True, False]),
+        "bias_activation": (x, None, "relu", 0.0, None),
+        "_bias_activation_backward": (grad, x, None, "relu", 0.0, None, [True, False, True]),
         "add_layer_norm": (x, r, [8], None, None, 1e-5, None, 0.0, None, True, None),
         "add_rms_norm": (x, r, [8], None, 1e-5, None, 0.0, None, True, None),
         "_norm_backward": (grad, None, x, mean, rstd, bias, 0.0, None, dtype, *norm, [True] * 5),

@@ -278,7 +278,8 @@ NORM |= {"seed": None, "residual_dtype": torch.float32, "normalized_shape": [8],
 NORM |= {"centered": True, "output_mask": [True] * 5}
 RESIDUAL_ADD = {"grad_output": X, "input_bias": BIAS, "dropout_p": 0.0, "seed": None, "input_dtype": torch.float32}
 RESIDUAL_ADD |= {"output_mask": [True] * 2}
-BIAS_ACTIVATION = {"grad_output": X, "input": X, "bias": BIAS, "activation": "gelu", "output_mask": [True] * 2}
+BIAS_ACTIVATION = {"grad_output": X, "input": X, "bias": BIAS, "activation": "gelu", "dropout_p": 0.0, "seed": None}
+BIAS_ACTIVATION |= {"output_mask": [True] * 3}
 BACKWARD = {"_norm": NORM, "_residual_add": RESIDUAL_ADD, "_bias_activation": BIAS_ACTIVATION}
 
 

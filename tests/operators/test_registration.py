@@ -29,6 +29,7 @@ def samples(requires_grad: bool) -> dict[str, tuple]:
     """Arguments of every public operator, all of them or as few as possible."""
     x, r = tensors((2, 3, N), (2, 3, N), requires_grad=requires_grad)
     weight, bias, input_bias = tensors((N,), (N,), (N,), requires_grad=requires_grad)
+    feed_forward = tensors((5, N), (5,), (3, 5), (3,), requires_grad=requires_grad)
     return {
         "layer_norm": (x, ROW, weight, bias, 1e-5),
         "layer_norm ": (x, ROW),
@@ -42,6 +43,9 @@ def samples(requires_grad: bool) -> dict[str, tuple]:
         "add_rms_norm ": (x, r, ROW),
         "bias_activation": (x, bias, "gelu_tanh"),
         "bias_activation ": (x,),
+        "bias_activation  ": (x, bias, "relu", 0.3, SEED),
+        "feed_forward": (x, *feed_forward, "gelu", 0.3, SEED),
+        "feed_forward ": (x, feed_forward[0], None, feed_forward[2], None, "relu"),
     }
 
 
@@ -58,9 +62,9 @@ def inner_samples() -> dict[str, tuple]:
         "add_layer_norm_out ": (x, r, ROW, None, None, 1e-5, None, 0.0, None, None, y, None),
         "rms_norm_out": (x, ROW, weight, 1e-5, y),
         "add_rms_norm_out": (x, r, ROW, weight, None, input_bias, 0.3, SEED, None, y, s),
-        "bias_activation_out": (x, bias, "relu", y),
-        "_bias_activation_backward": (y, x, bias, "gelu", [True, True]),
-        "_bias_activation_backward ": (half, half, None, "relu", [True, False]),
+        "bias_activation_out": (x, bias, "relu", 0.3, SEED, y),
+        "_bias_activation_backward": (y, x, bias, "gelu", 0.3, SEED, [True, True, True]),
+        "_bias_activation_backward ": (half, half, None, "relu", 0.0, None, [True, False, False]),
         "_norm_forward": (x, r, input_bias, 0.3, SEED, None, ROW, weight, bias, 1e-5, True, True, True),
         "_norm_forward ": (half, None, None, 0.0, None, None, ROW, None, None, 1e-5, False, False, True),
         "_norm_forward  ": (x, r, None, 0.0, None, None, ROW, weight, None, 1e-5, False, False, False),
@@ -132,7 +136,9 @@ def test_every_operator_has_its_samples_here():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("resnorm::")
     }
-    here = {name for name in registered if any(kind in name for kind in ("norm", "residual_add", "bias_"))}
+    here = {
+        name for name in registered if any(kind in name for kind in ("norm", "residual_add", "bias_", "feed_forward"))
+    }
     assert here == {name.strip() for name in [*samples(False), *inner_samples()]}
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from resnorm_ext import accelerate, functional
 from resnorm_ext.modules import AddLayerNorm, LayerNorm, TransformerEncoderLayer
 
-from .cases import CASES, EPS, FULL_CASES, require_grad
+from .cases import CASES, EPS, FULL_CASES, TORCH_ACTIVATIONS, require_grad
 
 
 class ByDispatch(Tensor):
@@ -107,6 +107,10 @@ def test_its_dropout_is_torchs_where_no_seed_is_given(case):
     torch.manual_seed(3)
     results = case.ours({name: ByFunction.of(tensor) for name, tensor in inputs.items()}, seed=None)
     torch.manual_seed(3)
+    if case.activates:
+        activated = TORCH_ACTIVATIONS[case.activation](inputs["input"] + inputs.get("bias", 0.0))
+        torch.testing.assert_close(results[0].plain(), F.dropout(activated, case.dropout_p), rtol=1e-5, atol=1e-5)
+        return
     update = F.dropout(inputs["input"] + inputs.get("input_bias", 0.0), case.dropout_p)
     s = inputs["residual"] + update
     weight, bias = inputs.get("weight"), inputs.get("bias")
