@@ -114,5 +114,8 @@ def pack(x: Tensor, packing: Packing) -> Tensor:
 def unpack(tokens: Tensor, packing: Packing) -> Tensor:
     """``tokens``, ``(tokens, ...)``, at their places in ``(batch_size, length, ...)``; zeros at padded positions."""
     padded = tokens.new_zeros((packing.batch_size * packing.length, *tokens.shape[1:]))
-    padded.index_copy_(0, packing.indices, tokens)
+    if tokens.requires_grad:  # index_copy_ would keep the tokens for the backward pass
+        padded.index_put_((packing.indices,), tokens)
+    else:
+        padded.index_copy_(0, packing.indices, tokens)
     return padded.unflatten(0, (packing.batch_size, packing.length))
