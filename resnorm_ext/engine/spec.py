@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -108,14 +108,14 @@ class LayerSpec:
         """At which the dropout there acts now; 0 where there is none."""
         return _value(layer, place) if place is not None and module_at(layer, place[0]).training else 0.0
 
-    def reason(self, layer: nn.Module, *, any_linears: bool = False) -> str | None:
-        """What of ``layer`` is not as it was built, as an end of a sentence about it; None where all is. Its linear
-        layers need not be, where ``any_linears``."""
+    def reason(self, layer: nn.Module, *, is_linear: Callable[[nn.Module], bool] | None = None) -> str | None:
+        """What of ``layer`` is not as it was built, as an end of a sentence about it; None where all is. Of its linear
+        layers it is enough that ``is_linear`` says that they are."""
         if self.types and not self.is_as_built(layer, *self.types):
             return _not_as_built(layer, *self.types)
         for name, types in self.all_parts.items():
             part = module_at(layer, name)
-            if any_linears and part is not None and f"{name}." in self.linears():
+            if is_linear is not None and part is not None and f"{name}." in self.linears() and is_linear(part):
                 continue
             if not self.is_as_built(part, *types):
                 return f".{name}{_not_as_built(part, *types)}"
@@ -124,9 +124,9 @@ class LayerSpec:
                 return f"{name and '.'}{name} has a {method} of its own"
         return None
 
-    def lasting_reason(self, layer: nn.Module, *, any_linears: bool = False) -> str | None:
+    def lasting_reason(self, layer: nn.Module, *, is_linear: Callable[[nn.Module], bool] | None = None) -> str | None:
         """What keeps ``layer`` from the engine whatever the call: ``reason``, or that the engine cannot do it."""
-        reason = self.reason(layer, any_linears=any_linears)
+        reason = self.reason(layer, is_linear=is_linear)
         if reason is not None:
             return reason
         if self.activation_name(_value(layer, self.activation)) is None:

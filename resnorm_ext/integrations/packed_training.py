@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A text encoder's layers on packed batches where a backward pass may follow.
 
-Linear layers are called as the modules that they are, unless they are plain: adapters and hooks on them train too.
+Linear layers may be adapters, which are called as the modules that they are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedConfig
 
 from .. import functional
@@ -43,7 +46,7 @@ class TrainedLayers:
 
     def _run(self, layer: nn.Module, tokens: Tensor, *, cu_seqlens: Tensor) -> Tensor:
         spec, dropouts = self._spec, self._spec.dropouts
-        stream = ResidualStream(tokens, owns_x=False)
+        stream = ResidualStream(tokens, owns_x=False, owns_updates=False)
         update = self._attend(layer, tokens, cu_seqlens)
         stream.add_and_normalize(
             update, self._dropout(layer, dropouts.attention_update), module_at(layer, spec.attention_norm)
@@ -95,10 +98,39 @@ def training_reason(spec: LayerSpec, layers: Sequence[nn.Module], name: str) -> 
     """What keeps ``layers``, as they are now, from ``TrainedLayers``; ``name`` is a layer's, with a place for its
     index."""
     for index, layer in enumerate(layers):
-        reason = spec.lasting_reason(layer, any_linears=True)
+        reason = spec.lasting_reason(layer, is_linear=_is_linear)
         if reason is not None:
             return f"{name.format(index)}{reason}"
     return None
+
+
+def drops(spec: LayerSpec, layers: Sequence[nn.Module]) -> bool:
+    """Whether dropout acts in any of ``layers``, which need not be as they were built."""
+    try:
+        return any(spec.dropout_rate(layer, place) > 0.0 for layer in layers for place in spec.dropout_places())
+    except AttributeError:
+        return False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes each row of a matrix from that row alone: a linear layer, parametrized or not, or an
+    adapter around one. Hooks may do anything with a batch, but for those by which torch prunes."""
+    if any(map(_does_more, module.modules())):
+        return False
+    if parametrize.is_parametrized(module):
+        return parametrize.type_before_parametrizations(module) is nn.Linear
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return type(module) is nn.Linear or (tuners is not None and isinstance(module, tuners.BaseTunerLayer))
+
+
+def _does_more(module: nn.Module) -> bool:
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or not all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+    )
 
 
 def _linear(layer: nn.Module, name: str, x: Tensor) -> Tensor:

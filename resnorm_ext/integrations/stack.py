@@ -28,7 +28,7 @@ from .eligibility import (
     mode_reason,
     packing_of_mask,
 )
-from .packed_training import TrainedLayers, training_reason
+from .packed_training import TrainedLayers, drops, training_reason
 from .spec import TransformersLayer
 
 # The heads that are running, each with whether its result reads padded positions (heads.py).
@@ -49,6 +49,7 @@ class LayerStack(NamedTuple):
         names_read: the names of arguments that it would do anything with.
         padding: what is done about it (modules/padding.py).
         name: of a layer, for people, with a place for its index.
+        trains: whether ``TrainedLayers`` computes what they do.
     """
 
     owner: nn.Module
@@ -60,6 +61,7 @@ class LayerStack(NamedTuple):
     names_read: frozenset[str]
     padding: str
     name: str = "layer.{}"
+    trains: bool = False
 
     def given(self, arguments: dict[str, Any]) -> str | None:
         """That one of ``arguments`` is given that the originals read."""
@@ -123,12 +125,22 @@ def layers_to_run(stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: d
 
 
 def layers_of_call(
-    stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: dict[str, Any], outer: Sequence[Tensor] = ()
+    stack: LayerStack,
+    x: Tensor,
+    dtype: torch.dtype,
+    arguments: dict[str, Any],
+    outer: Sequence[Tensor] = (),
+    *,
+    drops_before: bool = False,
 ) -> PreparedLayers | TrainedLayers | str:
-    """``layers_to_run``, or where the call is recorded, because one of the stack's parameters, ``x`` or what it is
-    computed from, ``outer``, requires grad, the layers as they train."""
-    if not (torch.is_grad_enabled() and any(each.requires_grad for each in (x, *outer, *stack.owner.parameters()))):
-        return layers_to_run(stack, x, dtype, arguments)
+    """``layers_to_run``; or the layers as they train, where the call is recorded, because one of the stack's
+    parameters, ``x`` or what it is computed from, ``outer``, requires grad. So too where dropout acts in the layers, or
+    before them: from one seed a pass without grad drops what the pass with grad does that computes it again."""
+    records = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *outer, *stack.owner.parameters()))
+    if not stack.trains or not (records or drops_before):
+        layers = layers_to_run(stack, x, dtype, arguments)
+        if not (isinstance(layers, str) and stack.trains and drops(stack.spec, stack.layers)):
+            return layers
     if captures_outputs():
         return "hidden states or attention weights are asked for"
     reason = mode_reason(x, stack.originals) or stack.given(arguments)

@@ -143,7 +143,9 @@ def packed_batch_of(
     others = {name: value for name, value in arguments.items() if name not in (*text_encoder.arguments, "use_cache")}
     dtype = embeddings.word_embeddings.weight.dtype
     outer = (*embeddings.parameters(), *(parameter for module in between for parameter in module.parameters()))
-    layers = layers_of_call(stack, x, dtype, others, outer)
+    dropout = embeddings.dropout
+    drops_before = dropout.training and dropout.p > 0.0
+    layers = layers_of_call(stack, x, dtype, others, outer, drops_before=drops_before)
     if isinstance(layers, str):
         return layers
     if key_mask is not None:

@@ -9,6 +9,7 @@ tensor that carries one is a new Python object, so calls in several threads cann
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.utils import ModelOutput
 from .. import functional
 from ..engine.packing import pack
 from ..modules.dropout import dropout
+from ..modules.eligibility import is_plain
 from ..modules.originals import Originals, forwards
 from ..modules.padding import PaddingChoice
 from .block import NORMS
@@ -114,6 +116,7 @@ class PackedEncoder(Replacement, PaddingChoice, nn.Module):
             originals=text_encoder.originals,
             names_read=text_encoder.names_read,
             padding=self.padding,
+            trains=True,
         )
 
     def attention_config(self) -> PreTrainedConfig | None:
@@ -225,7 +228,7 @@ def embeddings_as_built(embeddings: nn.Module, text_encoder: TextEncoder) -> boo
         is_as_built(embeddings, *text_encoder.embeddings)
         and {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"} <= parts.keys()
         and "position_ids" in embeddings._buffers
-        and all(is_as_built(table, nn.Embedding) and table.max_norm is None for table in tables)
+        and all(_is_table(table) for table in tables)
         and len({table.weight.dtype for table in tables}) == 1
         and is_as_built(parts["LayerNorm"], *NORMS)
         and tuple(parts["LayerNorm"].normalized_shape) == (tables[0].embedding_dim,)
@@ -233,8 +236,23 @@ def embeddings_as_built(embeddings: nn.Module, text_encoder: TextEncoder) -> boo
     )
 
 
+def _is_table(module: nn.Module | None) -> bool:
+    """Whether what ``module`` gives for an id, and the gradient, depend on that id alone."""
+    if not is_plain(module, nn.Embedding, are_idle=_only_ask_for_grad):
+        return False
+    return module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _only_ask_for_grad(hooks: Iterable[Callable]) -> bool:
+    """Whether all are what transformers puts on embeddings where layers are checkpointed: it reads no values."""
+    known = ("transformers.modeling_utils", "make_inputs_require_grads")
+    return all((getattr(each, "__module__", None), getattr(each, "__name__", None)) == known for each in hooks)
+
+
 def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
-    return F.embedding(ids, table.weight, table.padding_idx, None, 2.0, table.scale_grad_by_freq, table.sparse)
+    if table._forward_hooks:
+        return table(ids)
+    return F.embedding(ids, table.weight, table.padding_idx, sparse=table.sparse)
 
 
 def carrying(tensor: Tensor, batch: PackedBatch) -> Tensor:

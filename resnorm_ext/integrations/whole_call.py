@@ -187,7 +187,7 @@ def _current(model: nn.Module, encoder: PackedEncoder, ids: Tensor) -> WholeCall
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         return None
     batch = packed_batch_of(model, encoder, encoder.text_encoder, {"input_ids": ids})
-    if isinstance(batch, str):
+    if isinstance(batch, str) or not isinstance(batch.layers, PreparedLayers):
         return None
     configs = {id(each): each for each in (model.config, *encoder.layer_stack().configs, *batch.layers.configs)}
     if not all(isinstance(config, PreTrainedConfig) and config.return_dict for config in configs.values()):

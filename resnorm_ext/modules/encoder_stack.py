@@ -118,13 +118,19 @@ class ResidualStream:
     """The activations ``x`` that each block adds its update to.
 
     Where nothing records the computation, results are written over the updates (which the blocks have just made) and
-    over ``x`` once it is the stream's own: fresh memory costs more than the arithmetic.
+    over ``x`` once it is the stream's own: fresh memory costs more than the arithmetic. Not so with ``owns_updates``
+    False: somebody else may keep them.
     """
 
-    def __init__(self, x: Tensor, owns_x: bool) -> None:
+    def __init__(self, x: Tensor, owns_x: bool, *, owns_updates: bool = True) -> None:
         self.x = x
         self.owns_x = owns_x
-        self._in_place = not torch.is_grad_enabled() and is_eager(x) and not torch.is_autocast_enabled(x.device.type)
+        self._in_place = (
+            owns_updates
+            and not torch.is_grad_enabled()
+            and is_eager(x)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def norm(self, norm: nn.LayerNorm) -> Tensor:
         """``norm(x)``."""
