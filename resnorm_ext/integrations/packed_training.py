@@ -26,11 +26,12 @@ class TrainedLayers:
     """Post-norm layers as a call that is recorded runs them, instead of ``PreparedLayers``.
 
     Attributes:
+        reason: why a call that is not for training is run like this, and not faster.
         configs: of the layers' attentions.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], spec: LayerSpec) -> None:
-        self._layers, self._spec = layers, spec
+    def __init__(self, layers: Sequence[nn.Module], spec: LayerSpec, reason: str | None) -> None:
+        self._layers, self._spec, self.reason = layers, spec, reason
         self.configs: list[PreTrainedConfig] = [layer.get_submodule(spec.attention).config for layer in layers]
 
     def encode(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -80,7 +80,6 @@ class PackedBatch(NamedTuple):
 
     layers: PreparedLayers | TrainedLayers
     packing: Packing
-    reason: str | None = None  # why that is not the fastest path
 
 
 def lasting_reason(
@@ -137,8 +136,12 @@ def layers_of_call(
     parameters, ``x`` or what it is computed from, ``outer``, requires grad. So too where dropout acts in the layers, or
     before them: from one seed a pass without grad drops what the pass with grad does that computes it again."""
     records = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *outer, *stack.owner.parameters()))
-    if not stack.trains or not (records or drops_before):
-        layers = layers_to_run(stack, x, dtype, arguments)
+    if records and stack.trains:
+        slow = None if stack.owner.training else grad_reason(stack.owner, x)
+    elif drops_before and stack.trains:
+        slow = "the embeddings are in training: dropout acts"
+    else:
+        layers = slow = layers_to_run(stack, x, dtype, arguments)
         if not (isinstance(layers, str) and stack.trains and drops(stack.spec, stack.layers)):
             return layers
     if captures_outputs():
@@ -149,7 +152,7 @@ def layers_of_call(
     reason = reason or training_reason(stack.spec, stack.layers, stack.name)
     if reason is not None:
         return reason
-    layers = TrainedLayers(stack.layers, stack.spec)
+    layers = TrainedLayers(stack.layers, stack.spec, slow)
     return stack.attention_reason(layers.configs) or layers
 
 
@@ -161,12 +164,10 @@ def batch_of(
     reason = padding_reason(stack, key_mask)
     if reason is not None:
         return reason
-    trains, slow = isinstance(layers, TrainedLayers), None
-    if trains and not stack.owner.training:
-        slow = grad_reason(stack.owner)
+    trains = isinstance(layers, TrainedLayers)
     if trains and stack.padding != "skip" and key_mask is not None and not key_mask.all():
-        return slow or "padding is computed in training, unless padding is 'skip'"
-    return PackedBatch(layers, packing_of_mask(key_mask, *shape), slow)
+        return layers.reason or "padding is computed in training, unless padding is 'skip'"
+    return PackedBatch(layers, packing_of_mask(key_mask, *shape))
 
 
 def packed_batch(
@@ -206,7 +207,7 @@ def may_read_padding(choice: str) -> bool:
 
 def encode_packed(stack: LayerStack, tokens: Tensor, batch: PackedBatch) -> Tensor:
     """The last layer's output for the packed ``tokens``, padded again."""
-    record(stack.caller, "packed", batch.reason)
+    record(stack.caller, "packed", batch.layers.reason if isinstance(batch.layers, TrainedLayers) else None)
     return unpack(batch.layers.encode(tokens, batch.packing.cu_seqlens), batch.packing)
 
 
