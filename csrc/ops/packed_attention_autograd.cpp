@@ -40,7 +40,12 @@ class PackedAttentionFunction : public torch::autograd::Function<PackedAttention
     return {packed_attention_backward(grads[0], saved[0], saved_optional(saved[2]), saved_optional(saved[3]), saved[1],
                                       data["max_seqlen"].toOptional<c10::SymInt>(), data["scale"].toOptional<double>(),
                                       data["causal"].toBool(), data["dropout_p"].toDouble(), saved_optional(saved[4])),
-            Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 

@@ -22,8 +22,9 @@ const std::vector<Types> kTypes = {
 
 struct Problem {
   Activation activation;
+  Dropout dropout{};
   Matrix input, bias, output;
-  Matrix grad_output, grad_input, grad_bias;
+  Matrix grad_output, grad_input, grad_bias, output_again;
 
   Problem(std::mt19937_64& generator, Activation activation, Shape shape, Types types, Layout layout, bool with_bias)
       : activation(activation),
@@ -44,6 +45,7 @@ struct Problem {
                                      .input = input.const_operand(),
                                      .bias = bias.const_vector(),
                                      .activation = activation,
+                                     .dropout = dropout,
                                      .output = into.operand()},
                                     parallel_for);
   }
@@ -56,8 +58,10 @@ struct Problem {
                                       .input = input.const_operand(),
                                       .bias = bias.const_vector(),
                                       .activation = activation,
+                                      .dropout = dropout,
                                       .grad_input = grad_input.operand(),
                                       .grad_bias = grad_bias.vector(),
+                                      .output = output_again.operand(),
                                       .workspace = workspace.data()},
                                      parallel_for);
   }
@@ -66,20 +70,24 @@ struct Problem {
     const auto rows = input.rows(), cols = input.cols();
     Values value(rows, cols), value_scale(rows, cols), grad(rows, cols), grad_scale(rows, cols);
     Values sum(1, cols), sum_scale(1, cols);
+    const KeepMask kept(dropout, {rows, cols});
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t col = 0; col < cols; ++col) {
+        const double factor = kept(row, col) ? dropout.scale : 0;
         const double added = bias.present() ? bias(0, col) : 0.0;
         const auto want = activated(activation, static_cast<long double>(input(row, col)) + added);
-        value(row, col) = static_cast<double>(want.value);
+        value(row, col) = factor == 0 ? 0 : factor * static_cast<double>(want.value);
         value_scale(row, col) =
             1 + (std::isfinite(input(row, col)) ? std::fabs(input(row, col)) : 0) + std::fabs(added);
-        grad(row, col) = static_cast<double>(grad_output(row, col) * want.derivative);
+        grad(row, col) = factor * static_cast<double>(grad_output(row, col) * want.derivative);
+        value_scale(row, col) *= dropout.scale;
         grad_scale(row, col) = std::fabs(grad_output(row, col)) * value_scale(row, col);
         sum(0, col) += grad(row, col);
         sum_scale(0, col) += grad_scale(row, col);
       }
     }
     expect_close(output, value, value_scale, kFloat32, 4, "output");
+    expect_close(output_again, value, value_scale, kFloat32, 4, "output of the backward pass");
     expect_close(grad_input, grad, grad_scale, kFloat32, 4, "grad_input");
     expect_close(grad_bias, sum, sum_scale, kFloat32, 8, "grad_bias");
   }
@@ -94,6 +102,8 @@ TEST_P(BiasActivationTest, MatchesReference) {
                        << name_of(activation) << " " << name_of(types.input) << "+" << name_of(types.bias) << " "
                        << shape.rows << "x" << shape.cols << (with_bias ? " bias" : ""));
           Problem problem(generator, activation, shape, types, kLayouts[with_bias], with_bias);
+          if (with_bias) problem.dropout = dropout_of(0.3, 0x1234567890ABCDEF);
+          if (shape.rows % 2 == 1) problem.output_again = problem.output;
           problem.forward(kernels(), serial);
           problem.backward(kernels(), serial);
           problem.expect_correct();

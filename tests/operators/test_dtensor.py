@@ -311,6 +311,21 @@ def linear_and_attention(mesh):
 
 
 @scenario()
+def a_seed_drops_the_whole_tensors_attention_weights(mesh):
+    from torch.distributed.tensor import Replicate, Shard
+
+    qkv, bounds = torch.randn(7, 3, 4, 8, requires_grad=True), torch.tensor([0, 3, 7], dtype=torch.int32)
+    expected = functional.packed_attention(qkv, bounds, dropout_p=0.3, training=True, seed=SEED)
+    backward([expected])
+    for place in (Shard(2), Shard(0), Replicate()):
+        part, whole_bounds = distribute(qkv, mesh, place), distribute(bounds, mesh, Replicate())
+        y = functional.packed_attention(part, whole_bounds, dropout_p=0.3, training=True, seed=SEED)
+        backward([y])
+        assert_same(y, expected)
+        assert_same(part.grad, qkv.grad)
+
+
+@scenario()
 def refusals(mesh):
     from torch.distributed.tensor import Replicate, Shard
 

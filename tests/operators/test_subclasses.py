@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from resnorm_ext import accelerate, functional
 from resnorm_ext.modules import AddLayerNorm, LayerNorm, TransformerEncoderLayer
 
-from .cases import CASES, EPS, FULL_CASES, TORCH_ACTIVATIONS, require_grad
+from .cases import CASES, EPS, FULL_CASES, SEED, TORCH_ACTIVATIONS, require_grad
 
 
 class ByDispatch(Tensor):
@@ -131,11 +131,33 @@ def test_what_is_refused(kind):
 
 @pytest.mark.parametrize("kind", [ByDispatch, ByFunction])
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_attention(kind, causal):
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "training": True, "seed": SEED}], ids=["", "dropout"])
+def test_packed_attention(kind, causal, options):
     qkv, bounds = torch.randn(9, 3, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
-    expected = functional.packed_attention(qkv, bounds, causal=causal)
-    result = functional.packed_attention(kind.of(qkv), bounds, causal=causal)
+    expected = functional.packed_attention(qkv, bounds, causal=causal, **options)
+    result = functional.packed_attention(kind.of(qkv), bounds, causal=causal, **options)
     torch.testing.assert_close(result.plain() if isinstance(result, kind) else result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_packed_attention():
+    gradients, bounds = [], torch.tensor([0, 4, 9], dtype=torch.int32)
+    leaf = torch.randn(9, 3, 2, 8, requires_grad=True)
+    for kind in (ByFunction, Tensor):
+        output = functional.packed_attention(leaf.as_subclass(kind), bounds, dropout_p=0.3, training=True, seed=SEED)
+        gradients.append(torch.autograd.grad(output.as_subclass(Tensor).square().sum(), leaf)[0])
+    torch.testing.assert_close(gradients[0].as_subclass(Tensor), gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_attentions_dropout_is_torchs_where_no_seed_is_given():
+    """Of equal weights and of values that are ones, so that what is kept shows in the sums."""
+    qkv, bounds = torch.zeros(200, 3, 2, 8), torch.tensor([0, 100, 200], dtype=torch.int32)
+    qkv[:, 2] = 1
+    output = functional.packed_attention(ByFunction.of(qkv), bounds, dropout_p=0.5, training=True).plain()
+    kept = output / 2 * 100
+    torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-3)
+    assert 45 < kept.mean() < 55 and kept.std() > 1
+    with torch.no_grad():
+        assert torch.equal(functional.packed_attention(ByFunction.of(qkv), bounds, dropout_p=0.5).plain(), qkv[:, 2])
 
 
 def test_the_lack_of_an_extension_is_no_refusal(monkeypatch):

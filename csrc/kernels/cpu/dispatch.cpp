@@ -16,15 +16,9 @@ namespace {
 
 constexpr const char* kOverride = "RESNORM_CPU_ISA";
 
-#define RESNORM_KERNELS(isa)        \
-  {isa::norm_forward_kernels,       \
-   isa::norm_backward_kernels,      \
-   isa::residual_add_kernels,       \
-   isa::activation_kernels,         \
-   isa::attention_kernels,          \
-   isa::attention_backward_kernels, \
-   isa::linear_kernels,             \
-   #isa}
+#define RESNORM_KERNELS(isa)                                                                                       \
+  {isa::norm_forward_kernels, isa::norm_backward_kernels,      isa::residual_add_kernels, isa::activation_kernels, \
+   isa::attention_kernels,    isa::attention_backward_kernels, isa::linear_kernels,       #isa}
 
 // The tables of every instruction set that this build has and whose flags name only features that this CPU and its
 // operating system have, weakest first.

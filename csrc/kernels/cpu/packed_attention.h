@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// output = dropout(softmax(query key^T * scale)) value within each sequence of a packed batch. A head's keys and values are laid
-// out for the products a block of keys at a time; then one group of rows after the other is multiplied by the keys,
-// becomes probabilities and is multiplied by the values, all of it in the caches.
+// output = dropout(softmax(query key^T * scale)) value within each sequence of a packed batch. A head's keys and values
+// are laid out for the products a block of keys at a time; then one group of rows after the other is multiplied by the
+// keys, becomes probabilities and is multiplied by the values, all of it in the caches.
 #pragma once
 
 #include <cstdint>

@@ -27,7 +27,7 @@ namespace {
 // What makes the rows of one word of weights from scores and back.
 template <class Words>
 struct WeightRows {
-  float logsumexp[Words::kValues];  // to base 2
+  float logsumexp[Words::kValues];       // to base 2
   float output_product[Words::kValues];  // rowsum(dO O)
   std::int64_t visible[Words::kValues];  // keys of the block
   const std::uint16_t* draws[Words::kValues];
@@ -176,7 +176,7 @@ class HeadGradient {
     multiply<Words>(rows, buffers_.queries, buffers_.key_panels, panel_stride, vectors_of(visible), depth,
                     score_piece<T>(tokens_), scores);
     multiply<Words>(rows, buffers_.grad_outputs, buffers_.value_panels, panel_stride, vectors_of(visible), depth,
-                    kProductPiece, grad_weights);
+                    score_piece<T>(tokens_), grad_weights);
     for (std::int64_t i = 0; i < rows; i += Words::kValues) {
       make_words(keys, block_keys, row + i, smaller(Words::kValues, rows - i), scores + i * kRowStride,
                  grad_weights + i * kRowStride, weights + i / Words::kValues * kRowStride,

@@ -48,9 +48,9 @@ class AttentionBackwardBuffers {
     float* memory =
         static_cast<float*>(thread_buffer(kFirstKernelBuffer, static_cast<std::size_t>(floats) * sizeof(float)));
     float* draw_memory = nullptr;
-    float** const buffers[] = {&key_panels,         &value_panels, &key_row_panels, &grad_keys,   &grad_values,
-                               &query_panels,       &grad_output_panels, &queries,  &grad_outputs, &products,
-                               &scores,             &grad_weights, &weights,        &grad_scores, &grad_queries,
+    float** const buffers[] = {&key_panels,   &value_panels,       &key_row_panels, &grad_keys,    &grad_values,
+                               &query_panels, &grad_output_panels, &queries,        &grad_outputs, &products,
+                               &scores,       &grad_weights,       &weights,        &grad_scores,  &grad_queries,
                                &draw_memory};
     for (std::size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
       *buffers[i] = memory;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The matrix products of attention: a few rows of words times panels of them. Queries times keys and probabilities times
-// values are `multiply`; what sums over queries, as the gradients of keys and values do, is `add_product_over_rows`.
+// The matrix products of attention: a few rows of words times panels of them. Queries times keys and probabilities
+// times values are `multiply`; what sums over queries, as the gradients of keys and values do, is
+// `add_product_over_rows`.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,8 @@ constexpr std::int64_t word_offset(std::int64_t word) { return word / kChunkWord
 
 constexpr std::int64_t chunks_of(std::int64_t words) { return (words + kChunkWords - 1) / kChunkWords; }
 
-// Sums of more words than this are sums of such pieces' sums, which round less. Those of scores in float32 are of shorter
-// ones: their rounding is what is farthest from exact, the farther the fewer there are to average.
+// Sums of more words than this are sums of such pieces' sums, which round less. Those of scores in float32 are of
+// shorter ones: their rounding is what is farthest from exact, the farther the fewer there are to average.
 inline constexpr std::int64_t kProductPiece = 128;
 
 template <class T>
@@ -95,8 +96,8 @@ RESNORM_NOINLINE void add_tile_over_rows(const float* left, const float* panels,
   V tile[kRows][kPanels] = {};
   for (std::int64_t word = 0; word < depth; ++word, left += kRowStride, panels += V::kSize) {
     V right[kPanels];
-    unrolled<kPanels>(
-        [&](auto panel) RESNORM_INLINE_LAMBDA { right[panel] = V::load(panels + panel * panel_stride, AllLanes{}); });
+    unrolled<kPanels>([&](auto panel)
+                          RESNORM_INLINE_LAMBDA { right[panel] = V::load(panels + panel * panel_stride, AllLanes{}); });
     unrolled<kRows>([&](auto row) RESNORM_INLINE_LAMBDA {
       const V factor = V::broadcast(left[row]);
       unrolled<kPanels>([&](auto panel) RESNORM_INLINE_LAMBDA {

@@ -66,7 +66,8 @@ Tensor with_contiguous_heads(const Tensor& qkv) {
 Tensor packed_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
                             std::optional<double> scale, bool causal, double dropout_p, const OptionalTensor& seed) {
   if (dropout_threshold(dropout_p) > 0) {
-    return std::get<0>(packed_attention_forward(qkv, cu_seqlens, std::move(max_seqlen), scale, causal, dropout_p, seed));
+    return std::get<0>(
+        packed_attention_forward(qkv, cu_seqlens, std::move(max_seqlen), scale, causal, dropout_p, seed));
   }
   auto output = packed_attention_meta(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed);
   const auto bounds = composite::bounds_of(cu_seqlens, qkv.size(0), max_seqlen);

@@ -57,7 +57,8 @@ Tensor keep_mask(c10::SymIntArrayRef sizes, std::uint32_t threshold, const Tenso
 Tensor keep_mask(const Tensor& row, const Tensor& col, int64_t cols, double p, const Tensor& seed) {
   const auto block = at::floor_divide(col, philox::kElementsPerBlock);
   const auto draws = draws_of(row * (cols / philox::kElementsPerBlock) + block, seed);
-  const auto place = (col - block * philox::kElementsPerBlock).expand_symint(draws.sym_sizes().slice(0, draws.dim() - 1));
+  const auto place =
+      (col - block * philox::kElementsPerBlock).expand_symint(draws.sym_sizes().slice(0, draws.dim() - 1));
   return draws.gather(-1, place.unsqueeze(-1)).squeeze(-1).ge(static_cast<int64_t>(dropout_threshold(p)));
 }
 
