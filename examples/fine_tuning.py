@@ -169,7 +169,7 @@ def resume(options: argparse.Namespace, path: Path, parts: dict[str, Any], conso
     Raises CheckpointError where it is damaged, or of a training with other settings.
     """
     if options.resume is True and not path.exists():
-        console.print(f"There is no {path} to go on from: this is the start.", highlight=False)
+        console.print(f"There is no {path} to go on from: this is the start.", highlight=False, soft_wrap=True)
         return Run()
     path = path if options.resume is True else options.resume
     state = checkpoint.load(path)
@@ -186,7 +186,7 @@ def resume(options: argparse.Namespace, path: Path, parts: dict[str, Any], conso
         run = Run(**state["run"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
-    console.print(f"Going on from {path}, after step {len(run.losses)}.", highlight=False)
+    console.print(f"Going on from {path}, after step {len(run.losses)}.", highlight=False, soft_wrap=True)
     return run
 
 

@@ -35,7 +35,9 @@ def fine_tune_with_trainer(task: Task) -> Run:
         report_to="none",
     )
     start = _checkpoint_to_resume(options.resume, folder) if options.resume else None
-    task.console.print("This is the start." if start is None else f"Going on from {start}.", highlight=False)
+    if options.resume:
+        found = "Nothing to go on from: this is the start." if start is None else f"Going on from {start}."
+        task.console.print(found, highlight=False, soft_wrap=True)
     batches = batch_sampler(task)
     steps = count_steps(batches, options.epochs)
     with StopSignals() as stop, LossProgress(task.console, options.only, steps) as progress:
