@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Training steps, forward and backward: BERT-base's layer in torch.nn, eager and compiled, and accelerated; MiniLM on
-real texts as Hugging Face's Trainer pads them, with the optimizer. Beside them the limit of each: its products alone,
+real texts as Hugging Face's Trainer pads them, with the optimizer. Beside the layers their limit: the products alone,
 each by the fastest backend.
 
 python benchmarks/bench_training.py --output build/bench/training.jsonl

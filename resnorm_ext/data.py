@@ -30,11 +30,13 @@ class TokenBudgetSampler(Sampler[list[int]]):
         lengths: tokens of each sequence.
         max_tokens: of a batch; a longer sequence is a batch of its own.
         window: sequences that are sorted together.
-        shuffle: where False, sequences stay in their order, and so do batches.
+        shuffle: where False, windows are taken in order, and so are the batches of each; within a window sequences are
+            sorted all the same, so that results are to be put back by their indices.
         seed: of the shuffles, together with the epoch.
         num_replicas, rank: of the processes; torch.distributed's where None, if it is initialised.
 
-    Raises ValueError for a ``max_tokens`` or ``window`` below 1, and for a ``rank`` not among ``num_replicas``.
+    Raises ValueError for a ``max_tokens`` or ``window`` below 1, for a ``rank`` not among ``num_replicas``, and where
+    there are fewer batches than processes.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, but got {value}")
         distributed = dist.is_available() and dist.is_initialized()
-        self.num_replicas = num_replicas or (dist.get_world_size() if distributed else 1)
-        self.rank = rank if rank is not None else (dist.get_rank() if distributed else 0)
+        world = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
+        self.num_replicas = world[0] if num_replicas is None else num_replicas
+        self.rank = world[1] if rank is None else rank
         if not 0 <= self.rank < self.num_replicas:
             raise ValueError(f"expected rank to be from 0 to {self.num_replicas - 1}, but got {self.rank}")
         self.lengths = [int(length) for length in lengths]
@@ -76,6 +79,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
             self._batches = self.epoch, self._make_batches()
         batches = self._batches[1]
         count = len(batches) // self.num_replicas
+        if batches and count == 0:
+            raise ValueError(f"expected {self.num_replicas} batches or more, one for each process: {len(batches)} came")
         return batches[self.rank : count * self.num_replicas : self.num_replicas]
 
     def _make_batches(self) -> list[list[int]]:

@@ -64,6 +64,7 @@ def test_a_sequence_beyond_the_budget_is_a_batch_alone():
         ({"max_tokens": 0}, "max_tokens >= 1, but got 0"),
         ({"max_tokens": 5, "window": 0}, "window >= 1, but got 0"),
         ({"max_tokens": 5, "num_replicas": 2, "rank": 2}, "from 0 to 1, but got 2"),
+        ({"max_tokens": 5, "num_replicas": 0}, "but got 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -71,6 +72,11 @@ def test_bad_arguments(arguments, message):
         TokenBudgetSampler([1, 2], **arguments)
     with pytest.raises(ValueError, match="none"):
         pack_sequences([])
+
+
+def test_fewer_batches_than_processes():
+    with pytest.raises(ValueError, match=r"expected 3 batches or more.*: 1 came"):
+        len(TokenBudgetSampler([1, 2], 5, num_replicas=3, rank=0))
 
 
 def test_a_loader_trains_an_encoder():

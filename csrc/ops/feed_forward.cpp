@@ -31,10 +31,18 @@ Tensor feed_forward(const Tensor& input, const Tensor& weight1, const OptionalTe
   return op.call(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed);
 }
 
+void check_feed_forward(const Tensor& input, c10::string_view activation, double dropout_p,
+                        const OptionalTensor& seed) {
+  check_floating("feed_forward", input);
+  TORCH_CHECK_VALUE(parse_activation(activation) != Activation::kNone,
+                    "feed_forward: expected an activation, but got none");
+  check_dropout(dropout_p, seed, input);
+}
+
 Tensor composite::feed_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
                                const Tensor& weight2, const OptionalTensor& bias2, c10::string_view activation,
                                double dropout_p, const OptionalTensor& seed) {
-  check_dropout(dropout_p, seed, input);
+  check_feed_forward(input, activation, dropout_p, seed);
   if (dropout_threshold(dropout_p) == 0) {
     return linear(linear(input, weight1, bias1, activation), weight2, bias2, "none");
   }

@@ -15,6 +15,9 @@ Tensor feed_forward(const Tensor& input, const Tensor& weight1, const OptionalTe
                     const OptionalTensor& bias2, c10::string_view activation, double dropout_p,
                     const OptionalTensor& seed);
 
+// What of the arguments no other operator checks under this one's name.
+void check_feed_forward(const Tensor& input, c10::string_view activation, double dropout_p, const OptionalTensor& seed);
+
 namespace composite {
 
 // One operator after the other.

@@ -20,7 +20,10 @@ class FeedForwardFunction : public torch::autograd::Function<FeedForwardFunction
                         c10::string_view activation, double dropout_p, const OptionalTensor& seed) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto product = training_product(input, weight1);
-    context->save_for_backward({input, weight1, bias1.value_or(Tensor()), weight2, product, seed.value_or(Tensor())});
+    // The first product can be made anew, where a backward pass is to be differentiated.
+    const bool has_history = input.requires_grad() || weight1.requires_grad();
+    context->save_for_backward({has_history ? input : Tensor(), has_history ? weight1 : Tensor(),
+                                bias1.value_or(Tensor()), weight2, product, seed.value_or(Tensor())});
     context->saved_data["activation"] = std::string(activation);
     context->saved_data["dropout_p"] = dropout_p;
     context->saved_data["has_bias2"] = bias2.has_value();
@@ -33,8 +36,8 @@ class FeedForwardFunction : public torch::autograd::Function<FeedForwardFunction
     const auto bias1 = saved_optional(saved[2]), seed = saved_optional(saved[5]);
     const auto wanted =
         wanted_gradients<5>(*context, {true, true, bias1.has_value(), true, context->saved_data["has_bias2"].toBool()});
-    // What is kept has no history: a backward pass that is to be differentiated makes the product anew.
-    const auto product = at::GradMode::is_enabled() ? training_product(input, weight1) : saved[4];
+    const bool makes_product = at::GradMode::is_enabled() && input.defined();
+    const auto product = makes_product ? training_product(input, weight1) : saved[4];
     const bool wants_product = wanted[0] || wanted[1];
     Tensor grad_product, grad_bias1, activated;
     if (wants_product || wanted[2] || wanted[3]) {
@@ -56,6 +59,7 @@ class FeedForwardFunction : public torch::autograd::Function<FeedForwardFunction
 Tensor feed_forward_autograd(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
                              const Tensor& weight2, const OptionalTensor& bias2, c10::string_view activation,
                              double dropout_p, const OptionalTensor& seed) {
+  check_feed_forward(input, activation, dropout_p, seed);
   const bool records = requires_grad(input, weight1, bias1, weight2, bias2);
   if (needs_formula(input, weight1, bias1, weight2, bias2) ||
       (records && !(has_training_product(input, weight1) && has_training_product(input, weight2)))) {

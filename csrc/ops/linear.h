@@ -16,8 +16,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 // Checked arguments, allocated result.
 Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation);
 
-// input weight^T + bias, differentiable, by the backend that is the fastest one for weights that change at every step:
-// for plain tensors on the CPU.
+// input weight^T + bias, differentiable, of plain tensors on the CPU by the backend that is the fastest one for weights
+// that change at every step, of others by torch's own operators.
 bool has_training_product(const Tensor& input, const Tensor& weight);
 Tensor training_product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias = std::nullopt);
 

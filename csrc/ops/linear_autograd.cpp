@@ -21,7 +21,7 @@ class ProductFunction : public torch::autograd::Function<ProductFunction> {
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    context->save_for_backward({input, weight});
+    context->save_for_backward({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
     context->saved_data["has_bias"] = bias.has_value();
     return multiply(input, weight, bias);
   }
@@ -59,13 +59,20 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Optional
 }  // namespace
 
 bool has_training_product(const Tensor& input, const Tensor& weight) {
-  const auto is_plain = [](const Tensor& tensor) {
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has(c10::DispatchKey::Python);
+  // Not of a subclass, nor one of a batch that vmap, or autograd.grad's is_grads_batched, computes at once.
+  constexpr c10::DispatchKeySet kOthers{c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::Batched};
+  const auto is_plain = [&](const Tensor& tensor) {
+    return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(kOthers);
   };
   return is_plain(input) && is_plain(weight) && input.numel() > 0 && weight.numel() > 0;
 }
 
 Tensor training_product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  // A gradient may be what transforms or forward mode make of it.
+  if (needs_formula(input, weight, bias) || !has_training_product(input, weight)) {
+    return composite::linear(input, weight, bias, "none");
+  }
   check_linear(input, weight, bias);
   if (requires_grad(input, weight, bias)) return ProductFunction::apply(input, weight, bias);
   at::AutoDispatchBelowADInplaceOrView guard;

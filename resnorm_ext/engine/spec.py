@@ -21,7 +21,7 @@ class Dropouts(NamedTuple):
     in the training mode of that module.
 
     Attributes:
-        attention_weights: which ``attention`` applies.
+        attention_weights: in the training mode of ``attention``, which applies it.
         attention_update, update: before the two residual adds.
         activation: within the feed-forward.
     """
@@ -106,7 +106,12 @@ class LayerSpec:
 
     def dropout_rate(self, layer: nn.Module, place: tuple[str, str] | None) -> float:
         """At which the dropout there acts now; 0 where there is none."""
-        return _value(layer, place) if place is not None and module_at(layer, place[0]).training else 0.0
+        if place is None:
+            return 0.0
+        trains = module_at(layer, place[0]).training
+        if place == self.dropouts.attention_weights:  # some attentions ask their dropout, too
+            trains = trains or module_at(layer, self.attention).training
+        return _value(layer, place) if trains else 0.0
 
     def reason(self, layer: nn.Module, *, is_linear: Callable[[nn.Module], bool] | None = None) -> str | None:
         """What of ``layer`` is not as it was built, as an end of a sentence about it; None where all is. Of its linear
@@ -207,7 +212,8 @@ class LayerSpec:
         digits: it makes variables of those."""
         values: list[bool | str] = []
         for layer in layers:
-            values += [getattr(module_at(layer, name), "training", False) for name, _ in self.dropout_places()]
+            names = (self.attention, *(name for name, _ in self.dropout_places()))
+            values += [getattr(module_at(layer, name), "training", False) for name in names]
             numbers = [getattr(module_at(layer, name), rate, 0.0) for name, rate in self.dropout_places()]
             numbers += [getattr(module_at(layer, name), "eps", 0.0) for name in self.norms()]
             if self.scaling is not None:

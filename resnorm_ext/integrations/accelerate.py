@@ -48,10 +48,11 @@ def accelerate(model: T, *, padding: str = "auto") -> T:
     What it recognises in this instance (``nn.LayerNorm`` and ``nn.RMSNorm``, ``nn.TransformerEncoder`` and its layers,
     Hugging Face's BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, DistilBERT, BART's encoder, ViT and GPT-2)
     goes on with this package's operators: in inference with the fastest of three products for the linear layers, and
-    text encoders on padding-free batches, compiled and exported too; in training with fused dropout, residual add and
-    norm. Parameters, state_dict keys, hooks, copies and pickles are as before. A second call changes nothing but
-    ``padding``; :func:`restore` puts everything back; :func:`report` tells what was done, and which way the calls took
-    since. That is decided at each call, so adapters, hooks, dtypes and modes may change later.
+    text encoders on padding-free batches, compiled and exported too; in training with dropout that keeps no mask, fused
+    with residual add and norm, and attention that keeps no weights. Parameters, state_dict keys, hooks, copies and
+    pickles are as before. A second call changes nothing but ``padding``; :func:`restore` puts everything back;
+    :func:`report` tells what was done, and which way the calls took since. That is decided at each call, so adapters,
+    hooks, dtypes and modes may change later.
 
     Outputs equal the original's at every position that is not padded, within rounding. On the CPU a second, packed copy
     of the linear layers' weights may be kept for inference, made anew when they have changed; docs/accelerate.md says
@@ -65,7 +66,7 @@ def accelerate(model: T, *, padding: str = "auto") -> T:
         padding: ``"auto"`` skips padded positions, and leaves zeros there, without grad and only where that is
             expected: in Hugging Face's text encoders, but not where a loss reads padded positions; and in
             ``nn.TransformerEncoder`` where torch's nested tensors would do the same. ``"skip"`` skips them wherever
-            that can be done, for who does not read them; ``nn.TransformerEncoder`` in training too. ``"compute"``
+            that can be done, for who does not read them, in training too. ``"compute"``
             computes them as the original does.
 
     Raises:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedConfig
@@ -106,7 +107,10 @@ def training_reason(spec: LayerSpec, layers: Sequence[nn.Module], name: str) -> 
 
 
 def drops(spec: LayerSpec, layers: Sequence[nn.Module]) -> bool:
-    """Whether dropout acts in any of ``layers``, which need not be as they were built."""
+    """Whether dropout acts in any of ``layers``, which need not be as they were built: adapters have their own."""
+    modules = (module for layer in layers for module in layer.modules())
+    if any(isinstance(each, _DropoutNd) and each.training and each.p > 0.0 for each in modules):
+        return True
     try:
         return any(spec.dropout_rate(layer, place) > 0.0 for layer in layers for place in spec.dropout_places())
     except AttributeError:

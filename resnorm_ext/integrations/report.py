@@ -109,7 +109,10 @@ def _auto(original: type[nn.Module]) -> str:
             'skipped in inference where torch.nn would take nested tensors ("auto"), with zeros there; else computed, '
             'which "skip" would save'
         )
-    return 'skipped without grad, with zeros, but where a loss reads it ("auto"); "compute" is as the original does'
+    return (
+        'skipped without grad, with zeros, but where a loss reads it ("auto"); "skip" trains without it too, "compute" '
+        "is as the original does"
+    )
 
 
 _PADDING = {

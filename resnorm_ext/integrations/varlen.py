@@ -96,7 +96,8 @@ class PackedEncoder(Replacement, PaddingChoice, nn.Module):
 
     Attributes:
         padding: ``"auto"``: padded positions are skipped without grad, and are zeros, but where a loss reads them;
-            ``"skip"``: there too; ``"compute"``: they are computed. Where position 0 is hidden they are computed.
+            ``"skip"``: there and in training too; ``"compute"``: they are computed. Where position 0 is hidden they
+            are computed.
         text_encoder: how its model is made.
     """
 

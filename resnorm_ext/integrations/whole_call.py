@@ -51,7 +51,7 @@ class WholeCall(Prepared):
         self._modules, self._configs = tuple(modules), configs
         self._state = extension.module_state((model, *modules, *configs), Prepared)
         batch = packed_batch_of(model, encoder, encoder.text_encoder, {"input_ids": ids})
-        if isinstance(batch, str):
+        if isinstance(batch, str) or not isinstance(batch.layers, PreparedLayers):
             raise ValueError(batch)
         self._layers = batch.layers
         self._tensors: WeightState | None = None

@@ -137,6 +137,17 @@ class TestOtherLinears:
         )
         assert shapes == [(4, 9, 32), (4, 9, 32)]
 
+    def test_a_dropout_that_adapters_alone_have(self):
+        """A pass without grad drops what the pass with grad does from the same state of the generator."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=_LINEARS, lora_dropout=0.3, init_lora_weights=False)
+        model, outputs = pair_of(peft.get_peft_model(build(), config))[1].train(), []
+        for mode in (torch.no_grad, torch.enable_grad):
+            torch.manual_seed(0)
+            with mode():
+                outputs.append(model(**batch_of()).logits.detach())
+        torch.testing.assert_close(*outputs, rtol=2e-5, atol=2e-5)
+
     def test_what_a_hook_keeps_stays_as_it_was(self):
         """In the computation without grad of a checkpointed layer, too."""
         model, kept = pair_of(build())[1], []

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from resnorm_ext import reference
-from resnorm_ext.functional import feed_forward
+from resnorm_ext.functional import feed_forward, linear
 
 SEED = torch.tensor(5)
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh"]
@@ -196,3 +198,72 @@ def test_other_bad_arguments():
         feed_forward(torch.ones(2, 64, dtype=torch.long), *operands[1:])
     with pytest.raises(RuntimeError, match="seed"):
         feed_forward(*operands, dropout_p=0.5, training=True, seed=torch.ones(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("activation", ["none"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_no_activation_is_refused_in_every_mode(activation, mode):
+    with mode(), pytest.raises(ValueError, match="feed_forward: expected an activation, but got none"):
+        feed_forward(*make(), activation=activation)
+
+
+@pytest.mark.parametrize("call", ["linear", "feed_forward"])
+@pytest.mark.parametrize("shape", [(37, 41), (64, 300)], ids=["measured here", "and larger"])
+class TestTransformedGradients:
+    """What the products of a backward pass are given may be a batch of gradients, or one with a tangent."""
+
+    def outputs(self, call: str, shape: tuple[int, int]) -> tuple[list[Tensor], Tensor, Tensor]:
+        input, weight1, bias1, weight2, bias2 = make((5,), (*shape, 11), bias=True)
+        if call == "linear":
+            return [input, weight1, bias1], linear(input, weight1, bias1), F.linear(input, weight1, bias1)
+        expected = F.linear(F.gelu(F.linear(input, weight1, bias1)), weight2, bias2)
+        return [input, weight1, bias1], feed_forward(input, weight1, bias1, weight2, bias2), expected
+
+    def test_batches(self, call, shape):
+        operands, output, expected = self.outputs(call, shape)
+        grads = torch.randn(3, *output.shape)
+        results = [torch.autograd.grad(each, operands, grads, is_grads_batched=True) for each in (output, expected)]
+        for actual, other in zip(*results):
+            torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-5)
+
+    def test_tangents(self, call, shape):
+        operands, output, expected = self.outputs(call, shape)
+        grad, tangent = torch.randn(2, *output.shape)
+        results = []
+        for each in (output, expected):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(grad, tangent)
+                gradients = torch.autograd.grad(each, operands, dual)
+                results.append([forward_ad.unpack_dual(gradient).tangent for gradient in gradients])
+        for actual, other in zip(*results):
+            torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [((True, False, False), {"weight"}), ((False, True, False), {"input"}), ((False, False, True), set())],
+)
+def test_a_product_keeps_what_its_gradients_need(wanted, kept):
+    operands = [each.detach().requires_grad_(grad) for each, grad in zip(make()[:3], wanted)]
+    names = {each.data_ptr(): name for each, name in zip(operands, ("input", "weight", "bias"))}
+    found = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.add(names.get(tensor.data_ptr(), "another"))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        linear(*operands)
+    assert found == kept
+
+
+def test_operations_are_counted_as_torchs():
+    operands = make()
+
+    def count(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(run(*operands).sum(), operands)
+        return counter.get_total_flops()
+
+    plain = count(lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2))
+    assert count(feed_forward) == count(feed_forward) == plain
