@@ -119,7 +119,9 @@ struct PackedAttention {
   bool causal;
   Dropout dropout;
   void* output;
-  float* logsumexp = nullptr;  // (tokens, heads), of each row's scores; null where no backward pass will follow
+  // (tokens, heads): log2 of the sum of each row's exp(score), to that base because what is made of it is a power of 2;
+  // null where no backward pass will follow.
+  float* logsumexp = nullptr;
 };
 
 // The gradients of query, key and value, whose dtype they have. `output` and `logsumexp` are the forward pass's;

@@ -14,7 +14,8 @@ namespace resnorm {
 Tensor packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, std::optional<c10::SymInt> max_seqlen,
                         std::optional<double> scale, bool causal, double dropout_p, const OptionalTensor& seed);
 
-// On the CPU: the output, and of each row's scores the logarithm of the sum of exponentials, float32 (tokens, heads).
+// On the CPU: the output, and of each row's scores the logarithm to base 2 of the sum of exponentials, float32 (tokens,
+// heads).
 std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv, const Tensor& cu_seqlens,
                                                     std::optional<c10::SymInt> max_seqlen, std::optional<double> scale,
                                                     bool causal, double dropout_p, const OptionalTensor& seed);

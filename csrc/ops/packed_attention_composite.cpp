@@ -25,6 +25,7 @@ namespace {
 
 // The logical matrix of attention weights that csrc/kernels/arguments.h numbers the draws of.
 constexpr int64_t kWeightsPerRow = int64_t{1} << 35;
+constexpr double kLog2E = 1.4426950408889634;
 
 // For each head, query and key whether dropout keeps the weight. `tokens` are the queries' numbers in the whole batch,
 // `keys` the keys' in their sequence, of a shape that extends to (queries, keys).
@@ -189,7 +190,8 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor& qkv, const Ten
   for (const auto& sequence : sequences_of(cu_seqlens, qkv.size(0), max_seqlen)) {
     const auto attention = attention_of(qkv, sequence, scale, causal, dropout_p, seed);
     output.narrow(0, sequence.begin, sequence.length).copy_(attention.output());
-    logsumexp.narrow(0, sequence.begin, sequence.length).copy_(at::logsumexp(attention.scores, -1).transpose(0, 1));
+    logsumexp.narrow(0, sequence.begin, sequence.length)
+        .copy_(at::logsumexp(attention.scores, -1).transpose(0, 1) * kLog2E);
   }
   return results;
 }

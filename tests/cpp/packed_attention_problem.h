@@ -150,7 +150,7 @@ struct AttentionProblem {
         largest_size = std::max(largest_size, sizes[j]);
       }
       for (std::int64_t j = 0; j < keys; ++j) denominator += weights[j] = std::exp(weights[j] - largest);
-      const double logsumexp = largest + std::log(denominator);
+      const double logsumexp = (largest + std::log(denominator)) / std::log(2.0);
       expected.logsumexp(row, head) = logsumexp;
       expected.logsumexp_scale(row, head) = largest_size + std::fabs(logsumexp);
       const KeepMask kept = kept_keys(row, head, keys);

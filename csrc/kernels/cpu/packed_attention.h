@@ -92,7 +92,7 @@ class HeadAttention {
   void store_logsumexp(const SoftmaxState& state, std::int64_t row, std::int64_t rows) const {
     for (std::int64_t i = 0; i < rows; ++i) {
       const float largest = state.largest[i] * scale_of_scores<Words>(scale_);
-      logsumexp_[(row + i) * a_.heads] = (largest + __builtin_log2f(state.denominator[i])) * kLn2;
+      logsumexp_[(row + i) * a_.heads] = largest + __builtin_log2f(state.denominator[i]);
     }
   }
 

@@ -27,7 +27,7 @@ namespace {
 // What makes the rows of one word of weights from scores and back.
 template <class Words>
 struct WeightRows {
-  float logsumexp[Words::kValues];       // to base 2
+  float logsumexp[Words::kValues];
   float output_product[Words::kValues];  // rowsum(dO O)
   std::int64_t visible[Words::kValues];  // keys of the block
   const std::uint16_t* draws[Words::kValues];
@@ -206,7 +206,7 @@ class HeadGradient {
                   const float* scores, float* grad_weights, float* weights, float* grad_scores) const {
     WeightRows<Words> rows = {};
     for (int i = 0; i < static_cast<int>(count); ++i) {
-      rows.logsumexp[i] = logsumexp_[(row + i) * a_.heads] * (1 / kLn2);
+      rows.logsumexp[i] = logsumexp_[(row + i) * a_.heads];
       rows.output_product[i] = output_product(row + i);
       const std::int64_t visible = a_.causal ? row + i + 1 - keys.begin : keys.count;
       rows.visible[i] = visible < 0 ? 0 : smaller(visible, keys.count);

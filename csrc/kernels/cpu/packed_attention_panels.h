@@ -29,8 +29,6 @@ RESNORM_INLINE void for_each_word_vector(std::int64_t values, const Body& body) 
 }
 
 // Exponentials are powers of two, so scores are multiplied by log2(e) too.
-inline constexpr float kLn2 = 0.69314718F;
-
 inline float score_scale(const PackedAttention& a) {
   constexpr double kLog2E = 1.4426950408889634;
   return static_cast<float>(a.scale * kLog2E);

@@ -86,7 +86,10 @@ std::tuple<Tensor, Tensor> packed_attention_forward_cpu(const Tensor& qkv, const
   auto results = packed_attention_forward_meta(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed);
   const auto& [output, logsumexp] = results;
   const auto bounds = composite::bounds_of(cu_seqlens, qkv.size(0), max_seqlen);
-  if (output.numel() == 0) return results;
+  if (output.numel() == 0 || dropout_threshold(dropout_p) == 65536) {  // even a NaN or Inf contributes nothing
+    output.zero_(), logsumexp.zero_();
+    return results;
+  }
   const auto packed = with_contiguous_heads(qkv);
   auto call = arguments(packed, bounds, factor, causal, CpuKernels::dropout(dropout_p, seed), output);
   call.logsumexp = logsumexp.mutable_data_ptr<float>();
@@ -108,7 +111,7 @@ Tensor packed_attention_backward_cpu(const Tensor& grad_output, const Tensor& qk
   auto grad_qkv = packed_attention_backward_meta(grad_output, qkv, output, logsumexp, cu_seqlens, max_seqlen, scale,
                                                  causal, dropout_p, seed);
   const auto bounds = composite::bounds_of(cu_seqlens, qkv.size(0), max_seqlen);
-  if (grad_qkv.numel() == 0) return grad_qkv;
+  if (grad_qkv.numel() == 0 || dropout_threshold(dropout_p) == 65536) return grad_qkv.zero_();
   const auto packed = with_contiguous_heads(qkv);
   const auto grad = grad_output.contiguous(), result = output->contiguous(), sums = logsumexp->contiguous();
   auto forward = arguments(packed, bounds, factor, causal, CpuKernels::dropout(dropout_p, seed), result);
