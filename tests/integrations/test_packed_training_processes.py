@@ -5,6 +5,7 @@ trains transformers' own model on whole batches."""
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -93,7 +94,10 @@ def process(rank: int, folder: Path) -> None:
         except Exception:
             results[name] = {"error": traceback.format_exc()}
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
+    # Not by the interpreter's end, where threads of torch's process groups that are still there abort the process.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
