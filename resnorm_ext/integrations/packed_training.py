@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from .. import functional
 from ..engine.spec import LayerSpec, module_at
+from ..modules.dropout import dropout
 from ..modules.encoder_stack import ResidualStream
 from .eligibility import is_as_built
 
@@ -78,6 +79,7 @@ class TrainedLayers:
         spec = self._spec
         first, second = (module_at(layer, name[:-1]) for name in (spec.intermediate, spec.output))
         activation = getattr(module_at(layer, spec.activation[0]), spec.activation[1])
+        rate = spec.dropout_rate(layer, spec.dropouts.activation)
         if is_as_built(first, nn.Linear) and is_as_built(second, nn.Linear):
             return functional.feed_forward(
                 tokens,
@@ -86,8 +88,11 @@ class TrainedLayers:
                 second.weight,
                 second.bias,
                 activation=spec.activation_name(activation),
+                dropout_p=rate,
+                training=True,
             )
-        return _linear(layer, spec.output, activation(_linear(layer, spec.intermediate, tokens)))
+        hidden = activation(_linear(layer, spec.intermediate, tokens))
+        return _linear(layer, spec.output, dropout(hidden, rate) if rate > 0.0 else hidden)
 
     def _dropout(self, layer: nn.Module, place: tuple[str, str] | None) -> nn.Dropout:
         return _NO_DROPOUT if place is None else module_at(layer, place[0])

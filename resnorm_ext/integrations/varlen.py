@@ -183,7 +183,8 @@ class PackedEmbeddings(Replacement, nn.Module):
                     ids = torch.zeros_like(positions) if default is None else default[0, positions]
                 else:
                     ids = of_tokens(ids)
-                words = words + _look_up(table, ids)
+                # Under grad not in place: a hook may have made a leaf of the words.
+                words = torch.add(words, _look_up(table, ids), out=None if torch.is_grad_enabled() else words)
         tokens, norm = _look_up(self.position_embeddings, positions), self.LayerNorm
         out = None if torch.is_grad_enabled() else tokens
         tokens = functional.add_layer_norm(

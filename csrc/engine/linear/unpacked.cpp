@@ -31,7 +31,8 @@ double seconds_of(const LinearBackend& backend, const Tensor& input, const Tenso
 }
 
 // In turns, so that a disturbance meets both; the first calls warm up.
-const LinearBackend& faster(const Tensor& matrix, const Tensor& weight) {
+const LinearBackend& faster(const Tensor& input, const Tensor& weight) {
+  const auto matrix = input.reshape({-1, input.size(-1)});
   const auto rows = matrix.narrow(0, 0, std::min(matrix.size(0), kMeasuredRows));
   const LinearBackend* const backends[] = {&aten, &onednn_unpacked};
   double shortest[] = {seconds_of(aten, rows, weight), seconds_of(onednn_unpacked, rows, weight)};
@@ -54,14 +55,13 @@ const LinearBackend& fastest_unpacked_backend(const Tensor& input, const Tensor&
 
   static std::mutex mutex;
   static std::map<Shape, const LinearBackend*> choices;
-  const auto matrix = input.reshape({-1, input.size(-1)});
-  const auto rows = std::bit_ceil(static_cast<uint64_t>(std::min(matrix.size(0), kMeasuredRows)));
+  const auto rows = std::bit_ceil(static_cast<uint64_t>(std::min(input.numel() / input.size(-1), kMeasuredRows)));
   const Shape shape{dtype, weight.size(1), weight.size(0), transposed, rows};
   {
     const std::lock_guard lock(mutex);
     if (const auto found = choices.find(shape); found != choices.end()) return *found->second;
   }
-  const auto& choice = faster(matrix, weight);
+  const auto& choice = faster(input, weight);
   const std::lock_guard lock(mutex);
   return *choices.emplace(shape, &choice).first->second;
 }
