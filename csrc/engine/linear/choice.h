@@ -47,8 +47,8 @@ extern const LinearBackend onednn_unpacked;  // not in it: onednn, of a weight a
 const LinearBackend& unpacked_backend(const Tensor& weight);
 
 // ATen, or oneDNN with the weight as it is, whichever is the faster one for this product, of an input that is not
-// empty: measured at the first one of its shape in the process. Weights that lie transposed are taken too. The
-// environment decides first; under deterministic algorithms it is ATen.
+// empty: measured at the first one of its shape, and of about as many rows, in the process. Weights that lie transposed
+// are taken too. The environment decides first; under deterministic algorithms or a dispatch mode it is ATen.
 const LinearBackend& fastest_unpacked_backend(const Tensor& input, const Tensor& weight);
 
 }  // namespace resnorm::engine

@@ -22,8 +22,8 @@ template <class Words>
 class AttentionBackwardBuffers {
  public:
   AttentionBackwardBuffers(std::int64_t head_dim, std::int64_t longest)
-      : width(vectors_of(head_dim) * Vec<float>::kSize), block_keys(block_keys_for(width)) {
-    const std::int64_t keys = smaller(block_keys, (longest + kKeyStep - 1) / kKeyStep * kKeyStep);
+      : width(vectors_of(head_dim) * Vec<float>::kSize), block_keys(block_keys_of(kBlockFloats, width)) {
+    const std::int64_t keys = keys_in_memory(block_keys, longest);
     constexpr std::int64_t kBlockWords = kGroupsPerBlock * kGroupRows;
     const std::int64_t sizes[] = {
         keys * width,                                // key_panels
@@ -73,12 +73,7 @@ class AttentionBackwardBuffers {
   std::uint16_t* draws;
 
  private:
-  static constexpr std::int64_t kBlockFloats = 16 * 1024, kKeyStep = 32;
-
-  static std::int64_t block_keys_for(std::int64_t width) {
-    const std::int64_t keys = kBlockFloats / width / kKeyStep * kKeyStep;
-    return keys < kKeyStep ? kKeyStep : smaller(keys, kChunkWords);
-  }
+  static constexpr std::int64_t kBlockFloats = 16 * 1024;
 };
 
 }  // namespace

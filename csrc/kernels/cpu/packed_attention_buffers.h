@@ -18,9 +18,9 @@ class AttentionBuffers {
  public:
   AttentionBuffers(std::int64_t head_dim, std::int64_t longest)
       : width(vectors_of(head_dim) * Vec<float>::kSize),
-        block_keys(block_keys_for(width)),
+        block_keys(block_keys_of(kBlockFloats, width)),
         pass_groups((block_keys + kGroupRows - 1) / kGroupRows) {
-    const std::int64_t keys = smaller(block_keys, (longest + kKeyStep - 1) / kKeyStep * kKeyStep);
+    const std::int64_t keys = keys_in_memory(block_keys, longest);
     const std::int64_t sizes[] = {
         keys * width,                     // key_panels
         keys * width,                     // value_panels
@@ -57,12 +57,7 @@ class AttentionBuffers {
 
  private:
   // A block's keys and values stay in the second cache.
-  static constexpr std::int64_t kBlockFloats = 64 * 1024, kKeyStep = 32;
-
-  static std::int64_t block_keys_for(std::int64_t width) {
-    const std::int64_t keys = kBlockFloats / width / kKeyStep * kKeyStep;
-    return keys < kKeyStep ? kKeyStep : smaller(keys, kChunkWords);
-  }
+  static constexpr std::int64_t kBlockFloats = 64 * 1024;
 };
 
 }  // namespace

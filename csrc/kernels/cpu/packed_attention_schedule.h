@@ -12,6 +12,19 @@ namespace {
 
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+// Keys of a block, whole steps of them: as many rows of `width` as make up `floats`, but no more than a chunk holds.
+inline constexpr std::int64_t kKeyStep = 32;
+
+inline std::int64_t block_keys_of(std::int64_t floats, std::int64_t width) {
+  const std::int64_t keys = floats / width / kKeyStep * kKeyStep;
+  return keys < kKeyStep ? kKeyStep : smaller(keys, kChunkWords);
+}
+
+// Those that there is memory for: fewer where no sequence has as many.
+inline std::int64_t keys_in_memory(std::int64_t block_keys, std::int64_t longest) {
+  return smaller(block_keys, (longest + kKeyStep - 1) / kKeyStep * kKeyStep);
+}
+
 // A sequence's rows in groups of nearly equal height, so that none is left with a row or two: there a product is slow.
 // All but the last are multiples of `granule` rows high, which divides kGroupRows.
 class RowGroups {
