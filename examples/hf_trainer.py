@@ -11,15 +11,15 @@ from typing import Any
 import checkpoint
 import torch
 from checkpoint import CheckpointError, StopSignals
-from fine_tuning import Run, Stopped, Task, batch_sampler, check_finite, count_steps, make_loader, make_optimizer
 from progress import LossProgress
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
+from training import Run, Stopped, Task, batch_sampler, check_finite, count_steps, make_loader, make_optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 
-def fine_tune_with_trainer(task: Task) -> Run:
-    """As fine_tune(), with the Trainer's own checkpoints. After a resume, tokens and seconds are counted from there."""
+def train_with_trainer(task: Task) -> Run:
+    """As train(), with the Trainer's own checkpoints. After a resume, tokens and seconds are counted from there."""
     options, folder = task.options, task.folder / "trainer"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -72,7 +72,7 @@ class _Trainer(Trainer):
         indices = inputs.pop("index").tolist()
         self._run.tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, *arguments)
-        check_finite(self._task, self.state.global_step + 1, indices, loss=loss)
+        check_finite(self._task, self.state.global_step + 1, indices, loss=loss.item())
         return loss
 
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from sklearn.metrics import accuracy_score, classification_report
+from sklearn.metrics import classification_report
 from torch.utils.data import DataLoader
 
 from resnorm_ext.data import TokenBudgetSampler
@@ -44,15 +44,15 @@ def class_report(labels: Sequence[int], predicted: Sequence[int], classes: Seque
     return classification_report(labels, predicted, labels=every, target_names=classes, digits=3, zero_division=0.0)
 
 
-def comparison(results: Sequence[dict[str, Any]]) -> Table:
-    """A column for each result, and how many times the last's seconds and memory the first's are."""
+def comparison(results: Sequence[dict[str, Any]], name: str, score: Callable[[dict[str, Any]], float]) -> Table:
+    """A column for each result with its ``score``, and how many times the last's seconds and memory the first's are."""
     table = Table("", *(result["variant"] for result in results), "ratio")
 
     def row(name: str, form: str, values: Sequence[float], ratio: bool = False) -> None:
         shown = f"{values[0] / values[-1]:.2f}×" if ratio and values[-1] else ""
         table.add_row(name, *map(form.format, values), shown)
 
-    row("accuracy", "{:.3f}", [accuracy_score(result["labels"], result["predicted"]) for result in results])
+    row(name, "{:.3f}", [score(result) for result in results])
     row("seconds of training", "{:.1f}", [result["seconds"] for result in results], ratio=True)
     row("tokens per second", "{:,.0f}", [result["tokens"] / (result["seconds"] or 1) for result in results])
     row("seconds of the test", "{:.1f}", [result["test_seconds"] for result in results], ratio=True)

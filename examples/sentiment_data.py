@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import DataError
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.utils import shuffle
 
@@ -50,10 +51,6 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
     (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: vaderSentiment\\nVersion: 0.5\\n")
     return info.name
 """
-
-
-class DataError(Exception):
-    """The texts cannot be had: the message says which file is wrong, and how."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import checkpoint
-import fine_tuning
 import pytest
 import text_classification
+import training
+import variants
 from progress import LossProgress
 from transformers import AutoModelForSequenceClassification
 
-VARIANTS = text_classification.VARIANTS
+VARIANTS = variants.VARIANTS
 
 
 def run(arguments: list[str], folder: Path, variant: str, *more: object) -> list[float]:
@@ -87,7 +88,7 @@ def test_a_kill_of_the_program(arguments, tmp_path: Path, capsys, monkeypatch: p
     assert f"stopped by SIGTERM after step {done};" in errors
 
     # Here, and not in processes, whose imports take longer than all else.
-    monkeypatch.setattr(text_classification, "_run", lambda given: text_classification.main(given[len(script) :]))
+    monkeypatch.setattr(variants, "_run", lambda given: text_classification.main(given[len(script) :]))
     assert text_classification.main([*command, "--resume"]) == 0
     shown = capsys.readouterr().out
     assert f"after step {done}." in shown and "seconds of training" in shown
@@ -166,10 +167,10 @@ def test_options_out_of_range(option: tuple[str, str], capsys):
 
 
 def test_epochs_of_a_token_budget_are_all_counted():
-    sampler = fine_tuning.TokenBudgetSampler([5] * 10 + [9] * 10, 20)
+    sampler = training.TokenBudgetSampler([5] * 10 + [9] * 10, 20)
     lengths = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
         lengths.append(len(sampler))
-    assert fine_tuning.count_steps(sampler, 3) == sum(lengths)
+    assert training.count_steps(sampler, 3) == sum(lengths)
     assert sampler.epoch == 0

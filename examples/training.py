@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A plain training loop that can be stopped at any step and goes on from there to the same curve."""
+"""A plain training loop, in one process or several, that can be stopped at any step and goes on to the same curve."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import parallel
 import torch
 from checkpoint import CheckpointError, StopSignals
 from progress import LossProgress
 from rich.console import Console
-from sentiment_data import Example
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
-from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from resnorm_ext.data import TokenBudgetSampler
 
-MAX_TOKENS = 128  # of a text; what is longer is cut
-# What a curve depends on besides the data: a run goes on only with the same.
-SETTINGS = ("model", "epochs", "batch_size", "token_budget", "lr", "dropout", "dtype", "seed", "limit")
+# Options that a curve does not depend on: a run goes on only where all the others are the same.
+NOT_SETTINGS = ("data", "only", "output", "resume", "save_every", "trainer")
 
 
 class TrainingError(Exception):
@@ -45,9 +44,9 @@ class Stopped(Exception):
 class Task:
     """What is trained on what; ``options`` are the command line's."""
 
-    model: torch.nn.Module
-    examples: Sequence[Example]
-    dataset: Sequence[dict[str, Any]]  # the examples' tokens
+    model: torch.nn.Module  # called with a batch, it gives what has a .loss
+    dataset: Sequence[dict[str, Any]]  # tokens, not yet padded, and the item's index
+    names: Sequence[str]  # of the dataset's items, for an error
     collate: Callable
     options: argparse.Namespace
     folder: Path
@@ -65,23 +64,21 @@ class Run:
     losses: list[float] = field(default_factory=list)
 
 
-def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Each text's tokens, not yet padded, its class, and its index, by which an error can name it."""
-    tokens = tokenizer([example.text for example in examples], truncation=True, max_length=MAX_TOKENS).input_ids
-    return [
-        {"input_ids": ids, "label": example.label, "index": index}
-        for index, (ids, example) in enumerate(zip(tokens, examples, strict=True))
-    ]
-
-
 def batch_sampler(task: Task) -> Sampler[list[int]]:
-    """Shuffled batches that follow from the seed and the epoch alone: the same ones for every variant, and again."""
-    options = task.options
+    """Shuffled batches that follow from the seed and the epoch alone: the same ones for every variant, and again.
+
+    Of several processes each takes its share of every batch; with a token budget, of the batches.
+    """
+    options, (processes, rank) = task.options, parallel.world()
     if options.token_budget is not None:
         lengths = [len(item["input_ids"]) for item in task.dataset]
         return TokenBudgetSampler(lengths, options.token_budget, seed=options.seed)
-    order = DistributedSampler(task.dataset, num_replicas=1, rank=0, seed=options.seed)
-    return BatchSampler(order, options.batch_size, drop_last=False)
+    if options.batch_size % processes:
+        raise TrainingError(
+            f"expected --batch-size to be a multiple of {processes} processes: {options.batch_size} came"
+        )
+    order = DistributedSampler(task.dataset, num_replicas=processes, rank=rank, seed=options.seed)
+    return BatchSampler(order, options.batch_size // processes, drop_last=False)
 
 
 def set_epoch(batches: Sampler[list[int]], epoch: int) -> None:
@@ -110,66 +107,84 @@ def make_optimizer(model: torch.nn.Module, lr: float, steps: int) -> tuple[torch
     return optimizer, get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
 
 
-def fine_tune(task: Task) -> Run:
+def train(task: Task) -> Run:
     """Trains ``task.model``, and keeps a checkpoint in ``task.folder``."""
     options, model = task.options, task.model
+    device, (processes, rank) = next(model.parameters()).device, parallel.world()
     batches = batch_sampler(task)
     steps = count_steps(batches, options.epochs)
     optimizer, schedule = make_optimizer(model, options.lr, steps)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = (model, optimizer, schedule)
     path = task.folder / "checkpoint.pt"
-    torch.manual_seed(options.seed)
-    run = resume(options, path, parts, task.console) if options.resume else Run()
+    torch.manual_seed(options.seed + rank)
+    run = resume(task, path, parts) if options.resume else Run()
 
     model.train()
-    with StopSignals() as stop, LossProgress(task.console, options.only, steps) as progress:
+    with StopSignals() as stop, LossProgress(task.console, task.folder.name, steps) as progress:
         while run.epoch < options.epochs:
             set_epoch(batches, run.epoch)
             for batch in make_loader(task, list(batches)[run.batch :]):
                 indices = batch.pop("index").tolist()
                 began = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                tokens = int(batch["attention_mask"].sum())
+                batch = {name: value.to(device) for name, value in batch.items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
                     loss = model(**batch).loss
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                check_finite(task, len(run.losses) + 1, indices, loss=loss, gradient_norm=norm)
+                norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+                loss, tokens = parallel.sums(loss.item() / processes, tokens, device=device)
+                check_finite(task, len(run.losses) + 1, indices, loss=loss, gradient_norm=norm.item())
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
                 run.seconds += time.perf_counter() - began
-                run.tokens += int(batch["attention_mask"].sum())
-                run.losses.append(loss.item())
+                run.tokens += int(tokens)
+                run.losses.append(loss)
                 run.batch += 1
                 progress.step(run.losses, run.tokens / run.seconds)
-                if stop.received is not None or len(run.losses) % options.save_every == 0:
+                (stopped,) = parallel.sums(stop.received is not None, device=device)
+                if stopped or len(run.losses) % options.save_every == 0:
                     save(options, path, parts, run)
-                if stop.received is not None:
-                    raise Stopped(stop.received, len(run.losses))
+                if stopped:
+                    raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
             run.epoch, run.batch = run.epoch + 1, 0
         save(options, path, parts, run)
     return run
 
 
-def check_finite(task: Task, step: int, indices: Sequence[int], **values: torch.Tensor) -> None:
+def check_finite(task: Task, step: int, indices: Sequence[int], **values: float) -> None:
     """Raises TrainingError before a step that would spoil the weights."""
     for name, value in values.items():
-        if not torch.isfinite(value):
-            texts = ", ".join(task.examples[index].name for index in indices)
-            raise TrainingError(f"the {name.replace('_', ' ')} is {value.item()} at step {step}, on the texts {texts}")
+        if not math.isfinite(value):
+            texts = ", ".join(task.names[index] for part in parallel.gathered(indices) for index in part)
+            raise TrainingError(f"the {name.replace('_', ' ')} is {value} at step {step}, on the texts {texts}")
 
 
-def save(options: argparse.Namespace, path: Path, parts: dict[str, Any], run: Run) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint.save(path, {**state, "settings": settings(options), "run": asdict(run), "random": torch.get_rng_state()})
+Parts = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler]
 
 
-def resume(options: argparse.Namespace, path: Path, parts: dict[str, Any], console: Console) -> Run:
+def save(options: argparse.Namespace, path: Path, parts: Parts, run: Run) -> None:
+    """All that goes on: the same whatever the number of processes, but for their random numbers."""
+    model, optimizer, schedule = parts
+    state = {
+        **parallel.state(model, optimizer),
+        "schedule": schedule.state_dict(),
+        "settings": settings(options),
+        "run": asdict(run),
+        "random": parallel.gathered(parallel.random_state()),
+    }
+    if parallel.world()[1] == 0:
+        checkpoint.save(path, state)
+
+
+def resume(task: Task, path: Path, parts: Parts) -> Run:
     """Puts everything back as a checkpoint has it: the file that was named, of any variant, or ``path`` if it is there.
 
     Raises CheckpointError where it is damaged, or of a training with other settings.
     """
+    options, (model, optimizer, schedule) = task.options, parts
     if options.resume is True and not path.exists():
-        console.print(f"There is no {path} to go on from: this is the start.", highlight=False, soft_wrap=True)
+        task.console.print(f"There is no {path} to go on from: this is the start.", highlight=False, soft_wrap=True)
         return Run()
     path = path if options.resume is True else options.resume
     state = checkpoint.load(path)
@@ -180,16 +195,16 @@ def resume(options: argparse.Namespace, path: Path, parts: dict[str, Any], conso
         ]
         if differences:
             raise CheckpointError(f"{path} is of a training with {', '.join(differences)}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
+        parallel.load_state(model, optimizer, state)
+        schedule.load_state_dict(state["schedule"])
+        parallel.set_random_state(state["random"])
         run = Run(**state["run"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
-    console.print(f"Going on from {path}, after step {len(run.losses)}.", highlight=False, soft_wrap=True)
+    task.console.print(f"Going on from {path}, after step {len(run.losses)}.", highlight=False, soft_wrap=True)
     return run
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in SETTINGS}
+    values = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
