@@ -18,6 +18,7 @@ import os
 import selectors
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -38,11 +39,14 @@ _KEPT_SECONDS = 30 * 24 * 3600
 
 def compiled_library() -> Path:
     """The library for this machine, compiled if the cache has none that fits. Raises BuildError where it cannot be
-    compiled or kept."""
+    compiled or kept, or others could have put another one in its place."""
     toolchain = detect()
     library = _cached_library(toolchain)
     try:
-        return library if _is_complete(library) else _compile(toolchain, library)
+        if not _is_complete(library):
+            library = _compile(toolchain, library)
+        _check_private(cache_directory(), library.parent, library)
+        return library
     except OSError as error:
         raise BuildError(
             f"the C++ extension cannot be compiled in {cache_directory()}: {error}. "
@@ -91,6 +95,19 @@ def _cached_library(toolchain: Toolchain) -> Path:
     return cache_directory() / f"{_workplace(toolchain)}-{libraries.key(toolchain)[:16]}" / "_C.so"
 
 
+def _check_private(*paths: Path) -> None:
+    """Raises BuildError where somebody other than this user and root could change one of ``paths``: what is loaded from
+    there runs as this user."""
+    for path in paths:
+        status = path.stat()
+        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BuildError(
+                f"{path} holds code that would run as you, and others can change it: expected it to belong to user "
+                f"{os.geteuid()} or root and to be writable by nobody else, but got user {status.st_uid} and mode "
+                f"{stat.S_IMODE(status.st_mode):04o}. Delete it, or name another folder in RESNORM_CACHE_DIR."
+            )
+
+
 def _is_complete(library: Path) -> bool:
     return library.is_file() and libraries.info_path(library).is_file()
 
@@ -98,7 +115,8 @@ def _is_complete(library: Path) -> bool:
 def _compile(toolchain: Toolchain, library: Path) -> Path:
     """``library``, or that of the sources as they are when they have been compiled."""
     cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(cache)
     objects = cache / f"{_workplace(toolchain)}-objects"
     with _lock(cache / f"{objects.name}.lock") as lock:
         if _is_complete(library):  # by another process, while this one waited
@@ -170,8 +188,9 @@ def _publish(built: Path, toolchain: Toolchain, library: Path) -> None:
     """Puts a library and its description into a folder that appears at once."""
     folder = built.with_name("finished")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     shutil.copyfile(built, folder / library.name)
+    (folder / library.name).chmod(0o600)
     libraries.info_path(folder / library.name).write_text(json.dumps(libraries.info(toolchain), indent=2) + "\n")
     shutil.rmtree(library.parent, ignore_errors=True)  # one that somebody has damaged
     folder.rename(library.parent)

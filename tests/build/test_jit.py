@@ -206,6 +206,33 @@ def test_a_cache_that_cannot_be_written(project: Project, obstacle: str):
     assert project.run("-c", LOAD, RESNORM_CACHE_DIR=str(project.root / "elsewhere")).stdout == "42\n"
 
 
+@pytest.mark.parametrize("where", ["the cache", "a library's folder", "a library"])
+@pytest.mark.parametrize("how", ["written by others", "somebody else's"])
+def test_what_others_can_change_is_not_loaded(project: Project, where: str, how: str):
+    if how == "somebody else's" and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    assert project.run("-c", LOAD).stdout == "42\n"
+    (library,) = libraries(project)
+    path = {"the cache": project.cache, "a library's folder": library.parent, "a library": library}[where]
+    assert path.stat().st_mode & 0o077 == 0
+    if how == "written by others":
+        path.chmod(path.stat().st_mode | 0o002)
+    else:
+        os.chown(path, 65534, -1)
+    result = project.run("-c", LOAD)
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ImportError") and f"{path} holds code that would run as you" in error
+    assert "RESNORM_CACHE_DIR" in error and result.stdout == ""
+
+
+def test_nothing_is_compiled_into_a_cache_that_others_can_change(project: Project, tmp_path: Path):
+    project.cache.mkdir()
+    project.cache.chmod(0o777)
+    result = project.run("-c", LOAD, CXX=logging_compiler(tmp_path))
+    assert "got user" in result.stderr and "mode 0777" in result.stderr
+    assert not compiled(tmp_path) and not list(project.cache.iterdir())
+
+
 def test_changed_sources_ask_for_a_restart(project: Project):
     code = (
         "from pathlib import Path; from resnorm_ext.build import extension, jit; extension.load_extension();"
