@@ -18,13 +18,13 @@ class DataError(Exception):
     """The texts cannot be had: the message says which file is wrong, and how."""
 
 
-def training_parser(description: str | None, output: Path) -> argparse.ArgumentParser:
+def training_parser(description: str | None, output: Path, lr: float = 1e-4) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
     add("--epochs", type=count, default=2, help="default: 2")
     add("--batch-size", type=count, default=32, help="texts of a batch (default: 32)")
     add("--token-budget", type=count, help="instead: tokens of a batch, of texts of like lengths")
-    add("--lr", type=number(float, 0), default=1e-4, help="the highest learning rate (default: 1e-4)")
+    add("--lr", type=number(float, 0), default=lr, help=f"the highest learning rate (default: {lr:g})")
     add("--dropout", type=number(float, 0, 1), help="every rate in the model (default: as it comes, 0.1)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is by autocast")
     add("--seed", type=number(int, 0), default=0)

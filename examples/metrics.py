@@ -26,8 +26,11 @@ def peak_memory() -> int:
 
 
 @torch.inference_mode()
-def predict(model: torch.nn.Module, dataset: Sequence[dict[str, Any]], collate: Any) -> list[int]:
-    """Each item's most likely class. Texts of like lengths go together, so that little is padded for any model."""
+def predict(model: torch.nn.Module, dataset: Sequence[dict[str, Any]], collate: Any) -> list[Any]:
+    """Each item's most likely class, or those of its tokens and of the padding after them.
+
+    Texts of like lengths go together, so that little is padded for any model.
+    """
     batches = TokenBudgetSampler([len(item["input_ids"]) for item in dataset], 4096, shuffle=False)
     predicted = [0] * len(dataset)
     for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=collate):

@@ -23,19 +23,10 @@ try:
     from rich.console import Console
     from sentiment_data import CLASSES, Example
     from sklearn.metrics import accuracy_score
-    from training import Task
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        PreTrainedTokenizerBase,
-    )
-    from transformers.utils import logging as transformers_logging
+    from training import Run, Task
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 except ModuleNotFoundError as error:
     sys.exit(f"This example needs {error.name}: pip install 'resnorm_ext[examples]'")
-
-from resnorm_ext.build.jit import cache_directory
-from resnorm_ext.demo.command import bundled_model
 
 MAX_TOKENS = 128  # of a text; what is longer is cut
 OUTPUT = Path("build/text_classification")
@@ -59,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train_and_test(options: argparse.Namespace) -> int:
-    """Trains ``options.only``, shows how good it is, and keeps the model and what it took."""
+    """Trains ``options.only``, and then as keep_and_test()."""
     console = Console()
     task, test = make_task(options, console)
     task.model = variants.prepare(task.model, options)
@@ -68,36 +59,29 @@ def train_and_test(options: argparse.Namespace) -> int:
         from hf_trainer import train_with_trainer as train  # it alone needs the package accelerate
     else:
         train = training.train
-    run = train(task)
-    folder = task.folder / "model"
-    task.model.save_pretrained(folder)
-    task.collate.tokenizer.save_pretrained(folder)
+    keep_and_test(task.model, task, train(task), test)
+    return 0
 
-    dataset, labels = encode(test, task.collate.tokenizer), [example.label for example in test]
+
+def keep_and_test(model: torch.nn.Module, task: Task, run: Run, test: Sequence[Example]) -> None:
+    """Saves the trained ``model``, shows how good it is, and keeps that and what its training took."""
+    options, tokenizer = task.options, task.collate.tokenizer
+    model.save_pretrained(task.folder / "model")
+    tokenizer.save_pretrained(task.folder / "model")
+    dataset, labels = encode(test, tokenizer), [example.label for example in test]
     result = variants.keep_result(
         options,
         run,
-        lambda: {"labels": labels, "predicted": metrics.predict(task.model.eval(), dataset, task.collate)},
+        lambda: {"labels": labels, "predicted": metrics.predict(model.eval(), dataset, task.collate)},
     )
     report = metrics.class_report(labels, result["predicted"], CLASSES)
-    console.print(f"\nOn texts that it has not trained on:\n\n{report}", highlight=False)
-    return 0
+    task.console.print(f"\nOn texts that it has not trained on:\n\n{report}", highlight=False)
 
 
 def make_task(options: argparse.Namespace, console: Console) -> tuple[Task, list[Example]]:
     """The training that ``options`` ask for, of the stock model, and the texts that it is to be tested on."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    train, test = sentiment_data.split(sentiment_data.read(options.data or sentiment_data.fetch(cache_directory())))
-    if options.limit is not None:
-        train, test = train[: options.limit], test[: max(options.limit // 4, 1)]
-    source = options.model or bundled_model()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    torch.manual_seed(options.seed)  # of the new head, the same for every variant
-    names = dict(enumerate(CLASSES))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, id2label=names, label2id={name: label for label, name in names.items()}, local_files_only=True
-    )
+    train, test = variants.read(sentiment_data, options)
+    model, tokenizer = variants.load(AutoModelForSequenceClassification, CLASSES, options)
     return Task(
         model,
         encode(train, tokenizer),

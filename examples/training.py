@@ -25,7 +25,7 @@ from transformers import get_linear_schedule_with_warmup
 from resnorm_ext.data import TokenBudgetSampler
 
 # Options that a curve does not depend on: a run goes on only where all the others are the same.
-NOT_SETTINGS = ("data", "only", "output", "resume", "save_every", "trainer")
+NOT_SETTINGS = ("data", "only", "output", "parallel", "resume", "save_every", "trainer")
 
 
 class TrainingError(Exception):
@@ -75,7 +75,7 @@ def batch_sampler(task: Task) -> Sampler[list[int]]:
         return TokenBudgetSampler(lengths, options.token_budget, seed=options.seed)
     if options.batch_size % processes:
         raise TrainingError(
-            f"expected --batch-size to be a multiple of {processes} processes: {options.batch_size} came"
+            f"expected --batch-size to be a multiple of {processes} processes, but got {options.batch_size}"
         )
     order = DistributedSampler(task.dataset, num_replicas=processes, rank=rank, seed=options.seed)
     return BatchSampler(order, options.batch_size // processes, drop_last=False)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import metrics
@@ -21,8 +22,12 @@ import torch
 from checkpoint import StopSignals
 from rich.console import Console
 from training import Run
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 import resnorm_ext
+from resnorm_ext.build.jit import cache_directory
+from resnorm_ext.demo.command import bundled_model
 
 VARIANTS = ("stock", "accelerated")
 
@@ -30,6 +35,23 @@ VARIANTS = ("stock", "accelerated")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=VARIANTS, help="this variant alone, in this process")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face text model (default: MiniLM)")
+
+
+def read(data: ModuleType, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """What to train on and what to test on, of the texts that ``data`` fetches, reads and splits."""
+    train, test = data.split(data.read(options.data or data.fetch(cache_directory())))
+    return train[: options.limit], test if options.limit is None else test[: max(options.limit // 4, 1)]
+
+
+def load(auto_model: type, names: Sequence[str], options: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The text model with a new head for classes of these ``names``, the same for every variant, and its tokenizer."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    source = options.model or bundled_model()
+    torch.manual_seed(options.seed)
+    labels = {name: label for label, name in enumerate(names)}
+    model = auto_model.from_pretrained(source, id2label=dict(enumerate(names)), label2id=labels, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
 def prepare(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:

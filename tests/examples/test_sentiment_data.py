@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_truncated_archive_is_named(archive: Path, tmp_path: Path, keep: float
     path.write_bytes(archive.read_bytes()[: int(keep * archive.stat().st_size)])
     with pytest.raises(DataError, match=r"cut\.zip is not the archive"):
         sentiment_data.read(path)
-    path.rename(tmp_path / sentiment_data.ARCHIVE)
+    path.rename(tmp_path / sentiment_data.PACKAGE.archive)
     with pytest.raises(DataError, match=r"is damaged: its SHA-256 is .* Delete it"):
         sentiment_data.fetch(tmp_path)
 
@@ -71,13 +72,14 @@ def test_a_download_runs_no_code_of_the_package(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"vaderSentiment==0\.5 failed: .*No matching distribution"):
         sentiment_data.fetch(tmp_path / "cache")
 
-    path = write_archive(links / sentiment_data.ARCHIVE, few_texts())
+    path = write_archive(links / sentiment_data.PACKAGE.archive, few_texts())
     with zipfile.ZipFile(path, "a") as package:
         package.writestr("vaderSentiment-0.5/setup.py", f"open({str(ran)!r}, 'w')\n")
-    monkeypatch.setattr(sentiment_data, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(sentiment_data, "PACKAGE", replace(sentiment_data.PACKAGE, sha256=digest))
     assert len(sentiment_data.read(sentiment_data.fetch(tmp_path / "cache"))) == 67
     assert not ran.exists()
-    assert [each.name for each in (tmp_path / "cache").iterdir()] == [sentiment_data.ARCHIVE]
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == [sentiment_data.PACKAGE.archive]
 
 
 def test_the_real_texts(tmp_path: Path):
@@ -85,7 +87,7 @@ def test_the_real_texts(tmp_path: Path):
         path = sentiment_data.fetch(tmp_path)
     except DataError as error:
         pytest.skip(f"the texts cannot be fetched: {error}")
-    assert [each.name for each in tmp_path.iterdir()] == [sentiment_data.ARCHIVE]
+    assert [each.name for each in tmp_path.iterdir()] == [sentiment_data.PACKAGE.archive]
     examples = sentiment_data.read(path)
     sources = Counter(example.name.partition(" ")[0] for example in examples)
     assert sources == {"film": 10605, "product": 3708, "tweet": 4200}
