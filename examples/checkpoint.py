@@ -12,10 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be gone on from: the message names the file, and what is wrong."""
+from errors import CheckpointError
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -10,12 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoint import CheckpointError
-from training import Stopped, TrainingError
-
-
-class DataError(Exception):
-    """The texts cannot be had: the message says which file is wrong, and how."""
+from errors import CheckpointError, DataError, Stopped, TrainingError
 
 
 def training_parser(description: str | None, output: Path, lr: float = 1e-4) -> argparse.ArgumentParser:

@@ -10,11 +10,12 @@ from typing import Any
 
 import checkpoint
 import torch
-from checkpoint import CheckpointError, StopSignals
+from checkpoint import StopSignals
+from errors import CheckpointError, Stopped
 from progress import LossProgress
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
-from training import Run, Stopped, Task, batch_sampler, check_finite, count_steps, make_loader, make_optimizer
+from training import Run, Task, batch_sampler, check_finite, count_steps, make_loader, make_optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 

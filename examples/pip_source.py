@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from command_line import DataError
+from errors import DataError
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.utils import shuffle
 

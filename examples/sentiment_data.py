@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pip_source
-from command_line import DataError
+from errors import DataError
 from pip_source import SourcePackage, reading
 
 CLASSES = ("negative", "neutral", "positive")

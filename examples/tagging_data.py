@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import mwparserfromhell
 import pip_source
-from command_line import DataError
+from errors import DataError
 from mwparserfromhell.definitions import is_parsable
 from mwparserfromhell.nodes import Comment, ExternalLink, HTMLEntity, Node, Tag, Text, Wikilink
 from mwparserfromhell.wikicode import Wikicode

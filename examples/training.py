@@ -15,7 +15,8 @@ from typing import Any
 import checkpoint
 import parallel
 import torch
-from checkpoint import CheckpointError, StopSignals
+from checkpoint import StopSignals
+from errors import CheckpointError, Stopped, TrainingError
 from progress import LossProgress
 from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,18 +27,6 @@ from resnorm_ext.data import TokenBudgetSampler
 
 # Options that a curve does not depend on: a run goes on only where all the others are the same.
 NOT_SETTINGS = ("data", "only", "output", "parallel", "resume", "save_every", "trainer")
-
-
-class TrainingError(Exception):
-    """A training cannot go on."""
-
-
-class Stopped(Exception):
-    """A signal ended a training, after its last step was saved."""
-
-    def __init__(self, number: int, steps: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {steps}; --resume goes on from there")
-        self.number = number
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentiment_data
-from sentiment_data import DataError
+from errors import DataError
 
 from .conftest import few_texts, write_archive
 

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("mwparserfromhell")
 
 import tagging_data
-from command_line import DataError
+from errors import DataError
 
 PLACES = ("Riverton", "Lake Como", "New South Wales")
 WORKS = ("Emma", "The Tempest")
