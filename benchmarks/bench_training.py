@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Training steps, forward and backward: BERT-base's layers in torch.nn, eager and compiled, and accelerated; MiniLM on
 real texts as Hugging Face's Trainer pads them, with the optimizer. Beside the layers their limit: the products alone,
-each by the fastest backend. Times are taken in turn in one process; each contender's peak memory, beside the model's, in
-one of its own.
+each by the fastest backend. Times are taken in turn in one process; peak memory beside the model's by each contender in
+a process of its own.
 
 python benchmarks/bench_training.py --output build/bench/training.jsonl
 """

@@ -48,7 +48,13 @@ def cases() -> dict[str, Case]:
     padding, (batches, tokens, positions) = padding_mask(), text_batches()
     rows = int((~padding).sum())
     layers = [
-        Case("BERT-base layer, no padding", BATCH * LENGTH, (OURS, NN, COMPILED), _layer, lambda d: _products(1024, d)),
+        Case(
+            "BERT-base layer, no padding",
+            BATCH * LENGTH,
+            (OURS, NN, COMPILED),
+            _layer,
+            lambda dtype: _products(BATCH * LENGTH, dtype),
+        ),
         Case(
             f"2 layers, {padding.float().mean():.0%} padding",
             rows,

@@ -58,7 +58,9 @@ class BatchQueue(Generic[Item, Result]):
             try:
                 results = await loop.run_in_executor(self._thread, self._compute, list(batch.values()))
                 answers = dict(zip(batch, results, strict=True))
-            except Exception:
+            except asyncio.CancelledError:
+                raise
+            except BaseException:  # a tokenizer's panic is no Exception
                 _log.exception("A batch of %d failed", len(batch))
                 for future in batch:
                     if not future.done():

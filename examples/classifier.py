@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pretrained
 import torch
 from errors import CheckpointError
 from pydantic import BaseModel, Field
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForSequenceClassification
 
 import resnorm_ext
 
@@ -38,33 +38,16 @@ class Classifier:
 
     def __init__(self, folder: Path, stock: bool, dtype: str) -> None:
         self._autocast = dtype == "bfloat16"
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        model, self._tokenizer = pretrained.load(AutoModelForSequenceClassification, folder)
+        if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
+            raise CheckpointError(f"{folder} is no classifier: its labels are not classes of which a text has one")
+        self._model = (model if stock else resnorm_ext.accelerate(model)).eval()
+        self._labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        self._max_tokens = min(self._tokenizer.model_max_length, model.config.max_position_embeddings)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
-            )
-            if found["missing_keys"]:
-                raise ValueError(f"it has no {', '.join(sorted(found['missing_keys']))}")
-            if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
-                raise ValueError("its labels are not classes of which a text has one")
-            self._model = (model if stock else resnorm_ext.accelerate(model)).eval()
-            if len(self._tokenizer) > model.config.vocab_size:
-                raise ValueError(
-                    f"its tokenizer has {len(self._tokenizer)} tokens, the model {model.config.vocab_size}"
-                )
-            self._labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-            self._max_tokens = min(self._tokenizer.model_max_length, model.config.max_position_embeddings)
-            longest, shortest = self.encode(["a " * self._max_tokens, "a"])
-            if not set(shortest.ids) - set(self._tokenizer.all_special_ids):
-                raise ValueError("its tokenizer has no words")  # transformers makes one up where there is none
-            self.classify([longest, shortest])  # so that the first request finds all prepared
-        except ImportError:
-            raise
-        except Exception as error:  # transformers and tokenizers have no common class of what damaged files raise
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{folder} is no text classifier: {reason}") from error
+            self.classify(self.encode(["a " * self._max_tokens, "a"]))  # so that the first request finds all prepared
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{folder} is no classifier: {error}") from error
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         encodings = self._tokenizer(texts, truncation=True, max_length=self._max_tokens).encodings
@@ -77,6 +60,8 @@ class Classifier:
         ids = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
             probabilities = self._model(input_ids=ids, attention_mask=mask).logits.float().softmax(-1)
+        if not probabilities.isfinite().all():
+            raise ValueError("its probabilities are not finite")
         return [
             Prediction(
                 label=self._labels[label],

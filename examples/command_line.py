@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def training_parser(description: str | None, output: Path, lr: float = 1e-4) -> 
     add("--lr", type=number(float, 0), default=lr, help=f"the highest learning rate (default: {lr:g})")
     add("--dropout", type=number(float, 0, 1), help="every rate in the model (default: as it comes, 0.1)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is by autocast")
-    add("--seed", type=number(int, 0), default=0)
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     add("--limit", type=count, help="texts to train on, and a quarter as many to test on (default: all)")
     add("--resume", nargs="?", type=Path, const=True, metavar="FILE", help="from FILE, or else the last checkpoint")
     add("--save-every", type=count, default=200, metavar="STEPS", help="default: 200")
@@ -39,7 +40,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, but got {text!r}")
         return value
 

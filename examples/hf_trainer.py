@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import metrics
 import torch
 from checkpoint import StopSignals
 from errors import CheckpointError, Stopped
@@ -20,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 
 def train_with_trainer(task: Task) -> Run:
-    """As train(), with the Trainer's own checkpoints. After a resume, tokens and seconds are counted from there."""
+    """As train(), with the Trainer's checkpoints. After a resume, tokens, seconds and memory are counted from there."""
     options, folder = task.options, task.folder / "trainer"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -54,6 +55,7 @@ def train_with_trainer(task: Task) -> Run:
         )
         trainer.remove_callback(PrinterCallback)  # it prints every step
         trainer.train(resume_from_checkpoint=start)
+    watch.run.peak_mib = metrics.peak_memory() / 2**20
     if stop.received is not None:
         raise Stopped(stop.received, len(watch.run.losses))
     return watch.run

@@ -102,11 +102,9 @@ def train_and_test(options: argparse.Namespace, console: Console) -> GPT:
         f"{parameters:,} parameters, {len(learned):,} bytes to train on, {len(held_out):,} to test on", highlight=False
     )
     run = training.train(task)
-    peak = metrics.peak_memory()
     checkpoint.save(task.folder / "model.pt", {"sizes": sizes(options), "model": task.model.state_dict()})
     metrics.plot_losses({"GPT": run.losses}, task.folder / "loss.png")
     result = {"options": {name: str(value) for name, value in vars(options).items()}, **asdict(run)}
-    result["peak_mib"] = peak / 2**20
     result["bits_per_byte"] = bits_per_byte(task.model.eval(), test, options.dtype)
     result["compressed"] = {
         name: byte_data.compressed_bits_per_byte(held_out, learned, compress) for name, compress in COMPRESSORS.items()

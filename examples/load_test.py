@@ -12,6 +12,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def load_both(options: argparse.Namespace) -> int:
     archive = options.data or sentiment_data.fetch(cache_directory())
     texts = [example.text for example in sentiment_data.split(sentiment_data.read(archive))[1]]
     console = Console()
-    with StopSignals() as stop, ExitStack() as services:
+    with ExitStack() as services:
+        # So that services which are starting end with this program.
+        services.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("two services start", total=2 * options.rounds)
             variants = [
@@ -89,8 +92,8 @@ def load_both(options: argparse.Namespace) -> int:
                     (f"accelerated, {options.dtype}", ["--dtype", options.dtype]),
                 )
             ]
-            for _ in range(options.rounds):
-                for variant in variants:
+            with StopSignals() as stop:
+                for variant in variants * options.rounds:
                     progress.update(task, description=variant.name)
                     asyncio.run(load(variant, options, stop))
                     if stop.received is not None:
@@ -171,7 +174,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def comparison(variants: Sequence[Variant], options: argparse.Namespace) -> Table:
     """A column for each variant, and the last one's share of the first's."""
-    table = Table(f"{options.clients} clients", *(variant.name for variant in variants), "ratio")
+    table = Table(f"{options.clients} clients", *(variant.name for variant in variants), "second / first")
 
     def row(name: str, form: str, value: Callable[[Round], float]) -> None:
         values = [variant.median(value) for variant in variants]

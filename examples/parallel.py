@@ -45,8 +45,8 @@ def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def load_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """What state() gave, in as many processes as there are now."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    """What state() gave to the first, in every process."""
+    options = StateDictOptions(full_state_dict=True)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
     )

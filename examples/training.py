@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import metrics
 import parallel
 import torch
 from checkpoint import StopSignals
@@ -50,6 +51,7 @@ class Run:
     batch: int = 0  # the next one of this epoch
     tokens: int = 0
     seconds: float = 0.0
+    peak_mib: float = 0.0  # the most that a process has had in memory until the last step
     losses: list[float] = field(default_factory=list)
 
 
@@ -101,7 +103,11 @@ def train(task: Task) -> Run:
     options, model = task.options, task.model
     device, (processes, rank) = next(model.parameters()).device, parallel.world()
     batches = batch_sampler(task)
-    steps = count_steps(batches, options.epochs)
+    try:
+        steps = count_steps(batches, options.epochs)
+    except ValueError as error:  # fewer batches than processes
+        raise TrainingError(str(error)) from error
+    task.folder.mkdir(parents=True, exist_ok=True)  # now, and not when a step is to be saved
     optimizer, schedule = make_optimizer(model, options.lr, steps)
     parts = (model, optimizer, schedule)
     path = task.folder / "checkpoint.pt"
@@ -137,7 +143,10 @@ def train(task: Task) -> Run:
                 if stopped:
                     raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
             run.epoch, run.batch = run.epoch + 1, 0
-        save(options, path, parts, run)
+            save(options, path, parts, run)
+        (stopped,) = parallel.sums(stop.received is not None, device=device)
+    if stopped:  # after the last step
+        raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
     return run
 
 
@@ -155,6 +164,7 @@ Parts = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler]
 def save(options: argparse.Namespace, path: Path, parts: Parts, run: Run) -> None:
     """All that goes on: the same whatever the number of processes, but for their random numbers."""
     model, optimizer, schedule = parts
+    run.peak_mib = max(run.peak_mib, metrics.peak_memory() / 2**20)
     state = {
         **parallel.state(model, optimizer),
         "schedule": schedule.state_dict(),
@@ -180,7 +190,7 @@ def resume(task: Task, path: Path, parts: Parts) -> Run:
     try:
         saved, now = state["settings"], settings(options)
         differences = [
-            f"--{key.replace('_', '-')} {saved[key]}, not {now[key]}" for key in now if saved[key] != now[key]
+            f"--{key.replace('_', '-')} {saved.get(key)}, not {now[key]}" for key in now if saved.get(key) != now[key]
         ]
         if differences:
             raise CheckpointError(f"{path} is of a training with {', '.join(differences)}")
@@ -188,7 +198,7 @@ def resume(task: Task, path: Path, parts: Parts) -> Run:
         schedule.load_state_dict(state["schedule"])
         parallel.set_random_state(state["random"])
         run = Run(**state["run"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     task.console.print(f"Going on from {path}, after step {len(run.losses)}.", highlight=False, soft_wrap=True)
     return run

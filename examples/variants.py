@@ -18,12 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import metrics
+import pretrained
 import torch
 from checkpoint import StopSignals
 from rich.console import Console
 from training import Run
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import resnorm_ext
 from resnorm_ext.build.jit import cache_directory
@@ -43,15 +43,14 @@ def read(data: ModuleType, options: argparse.Namespace) -> tuple[list[Any], list
     return train[: options.limit], test if options.limit is None else test[: max(options.limit // 4, 1)]
 
 
-def load(auto_model: type, names: Sequence[str], options: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(
+    auto_model: type, names: Sequence[str], options: argparse.Namespace
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text model with a new head for classes of these ``names``, the same for every variant, and its tokenizer."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    source = options.model or bundled_model()
     torch.manual_seed(options.seed)
     labels = {name: label for label, name in enumerate(names)}
-    model = auto_model.from_pretrained(source, id2label=dict(enumerate(names)), label2id=labels, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
+    source = options.model or bundled_model()
+    return pretrained.load(auto_model, source, new_head=True, id2label=dict(enumerate(names)), label2id=labels)
 
 
 def prepare(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:
@@ -70,7 +69,6 @@ def keep_result(options: argparse.Namespace, run: Run, test: Callable[[], dict[s
         "variant": options.only,
         "options": {name: str(value) for name, value in vars(options).items()},
         **asdict(run),
-        "peak_mib": metrics.peak_memory() / 2**20,
     }
     began = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
@@ -106,4 +104,6 @@ def _run(command: Sequence[str]) -> int:
                 child.send_signal(stop.received)
                 stop.received = None
             time.sleep(0.05)
+    if stop.received is not None:  # when the child had ended already
+        return 128 + stop.received
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

@@ -30,7 +30,7 @@ def run_each(command: Sequence[str], listening: socket.socket, sets: Sequence[se
             with _pinned(cpus):
                 workers.append(
                     subprocess.Popen(
-                        [*command, "--socket", str(listening.fileno())],
+                        [*command, "--socket", str(listening.fileno()), "--parent", str(os.getpid())],
                         pass_fds=[listening.fileno()],
                         env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": folder},
                         # In a session of its own a terminal's Ctrl-C reaches it through here alone, as kill does.
@@ -49,10 +49,10 @@ def _supervise(workers: Sequence[subprocess.Popen], stop: StopSignals) -> int:
     while any(worker.poll() is None for worker in workers):
         if stop.received is not None:
             for worker in workers:
-                worker.send_signal(stop.received)
+                worker.terminate()  # also for Ctrl-C, at which one that is not ready yet would show a traceback
             stop.received = None
         time.sleep(0.05)
-    failed = failed or [worker for worker in workers if worker.returncode > 0]
+    failed = failed or [worker for worker in workers if worker.returncode not in (0, -signal.SIGTERM)]
     for worker in failed:
         print(f"serve: process {worker.pid} ended with exit code {worker.returncode}: all end", file=sys.stderr)
     return 1 if failed else 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Compiles the extension at first use, for exactly this machine's torch, compiler and CPU, and keeps it for the next
-time under RESNORM_CACHE_DIR (default ``~/.cache/resnorm_ext``).
+time under RESNORM_CACHE_DIR (default ``~/.cache/resnorm_ext``), where nobody but this user and root may write.
 
 Each combination of sources, flags, torch, compiler, instruction sets and Python has a folder there with its library,
 which appears whole or not at all. What a toolchain compiles for a checkout lies in a folder beside them, where the next
@@ -109,20 +109,24 @@ def _check_private(*paths: Path) -> None:
 
 
 def _is_complete(library: Path) -> bool:
-    return library.is_file() and libraries.info_path(library).is_file()
+    try:
+        return library.is_file() and libraries.info_path(library).is_file()
+    except PermissionError:
+        return False
 
 
 def _compile(toolchain: Toolchain, library: Path) -> Path:
     """``library``, or that of the sources as they are when they have been compiled."""
     cache = cache_directory()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     _check_private(cache)
     objects = cache / f"{_workplace(toolchain)}-objects"
     with _lock(cache / f"{objects.name}.lock") as lock:
         if _is_complete(library):  # by another process, while this one waited
             return library
         with Progress(f"{toolchain.kernels}, with PyTorch {toolchain.torch}; kept in {cache}") as progress:
-            objects.mkdir(exist_ok=True)
+            objects.mkdir(mode=0o755, exist_ok=True)
+            _check_private(objects)
             _run_worker(toolchain, objects, lock, progress)
             while (now := _cached_library(toolchain)) != library:  # somebody has edited the sources meanwhile
                 library = now
@@ -188,9 +192,9 @@ def _publish(built: Path, toolchain: Toolchain, library: Path) -> None:
     """Puts a library and its description into a folder that appears at once."""
     folder = built.with_name("finished")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o755)
     shutil.copyfile(built, folder / library.name)
-    (folder / library.name).chmod(0o600)
+    (folder / library.name).chmod(0o644)
     libraries.info_path(folder / library.name).write_text(json.dumps(libraries.info(toolchain), indent=2) + "\n")
     shutil.rmtree(library.parent, ignore_errors=True)  # one that somebody has damaged
     folder.rename(library.parent)

@@ -206,6 +206,15 @@ def test_a_cache_that_cannot_be_written(project: Project, obstacle: str):
     assert project.run("-c", LOAD, RESNORM_CACHE_DIR=str(project.root / "elsewhere")).stdout == "42\n"
 
 
+@pytest.fixture
+def group_may_write():
+    """The umask that many distributions give their users."""
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("group_may_write")
 @pytest.mark.parametrize("where", ["the cache", "a library's folder", "a library"])
 @pytest.mark.parametrize("how", ["written by others", "somebody else's"])
 def test_what_others_can_change_is_not_loaded(project: Project, where: str, how: str):
@@ -214,7 +223,7 @@ def test_what_others_can_change_is_not_loaded(project: Project, where: str, how:
     assert project.run("-c", LOAD).stdout == "42\n"
     (library,) = libraries(project)
     path = {"the cache": project.cache, "a library's folder": library.parent, "a library": library}[where]
-    assert path.stat().st_mode & 0o077 == 0
+    assert path.stat().st_mode & 0o022 == 0
     if how == "written by others":
         path.chmod(path.stat().st_mode | 0o002)
     else:
@@ -225,12 +234,22 @@ def test_what_others_can_change_is_not_loaded(project: Project, where: str, how:
     assert "RESNORM_CACHE_DIR" in error and result.stdout == ""
 
 
-def test_nothing_is_compiled_into_a_cache_that_others_can_change(project: Project, tmp_path: Path):
+def test_nothing_is_compiled_where_others_can_change_it(project: Project, tmp_path: Path):
+    cxx = logging_compiler(tmp_path)
     project.cache.mkdir()
     project.cache.chmod(0o777)
-    result = project.run("-c", LOAD, CXX=logging_compiler(tmp_path))
+    result = project.run("-c", LOAD, CXX=cxx)
     assert "got user" in result.stderr and "mode 0777" in result.stderr
     assert not compiled(tmp_path) and not list(project.cache.iterdir())
+
+    project.cache.chmod(0o755)
+    assert project.run("-c", LOAD, CXX=cxx).stdout == "42\n"
+    (objects,) = project.cache.glob("*-objects")
+    objects.chmod(0o777)
+    project.source.write_text("int other;\n")
+    result = project.run("-c", LOAD, CXX=cxx)
+    assert f"{objects} holds code that would run as you" in result.stderr
+    assert sources(tmp_path) == ["python.cpp"]
 
 
 def test_changed_sources_ask_for_a_restart(project: Project):

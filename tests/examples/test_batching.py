@@ -105,6 +105,21 @@ def test_too_few_results_are_a_failure():
     asyncio.run(program())
 
 
+def test_what_is_no_exception_is_a_failure_too():
+    """As a panic in a tokenizer's Rust."""
+
+    def panic(batch: list[int]) -> list[int]:
+        raise type("Panic", (BaseException,), {})
+
+    async def program() -> None:
+        queue = BatchQueue(panic, lambda item: 1, 10)
+        for _ in range(2):
+            with pytest.raises(BatchError):
+                await asyncio.wait_for(queue.answer([1]), 10)
+
+    asyncio.run(program())
+
+
 def test_what_is_cancelled_while_it_waits_is_never_computed():
     async def program() -> None:
         compute = Held()

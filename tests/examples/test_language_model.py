@@ -101,7 +101,7 @@ def is_transposed(name: str) -> bool:
     return ".c_" in name and name.endswith("weight")
 
 
-def to_gpt2(model: GPT) -> GPT2LMHeadModel:
+def to_gpt2(model: GPT, dropout: float = 0.0) -> GPT2LMHeadModel:
     encoder = model.layers
     config = GPT2Config(
         vocab_size=256,
@@ -109,9 +109,9 @@ def to_gpt2(model: GPT) -> GPT2LMHeadModel:
         n_embd=encoder.norm.normalized_shape[0],
         n_layer=encoder.num_layers,
         n_head=encoder.layers[0].self_attn.num_heads,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -154,13 +154,14 @@ def test_loss_and_gradients_are_those_of_gpt2(layers: int, heads: int, width: in
         torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-4)
 
 
-def plain_rms(model: GPT, ids: Tensor) -> Tensor:
+def plain_rms(model: GPT, ids: Tensor, dropout: float = 0.0) -> Tensor:
     """The hidden states of one sequence by torch's functions alone."""
+    drop = nn.Dropout(dropout)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
-    x = model.tokens.weight[ids] + model.positions.weight[: len(ids)]
+    x = drop(model.tokens.weight[ids] + model.positions.weight[: len(ids)])
     weight = model.layers.norm.weight
     for layer in model.layers.layers:
         query, key, value = (
@@ -169,11 +170,11 @@ def plain_rms(model: GPT, ids: Tensor) -> Tensor:
         )
         hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
         scores = (query @ key.transpose(1, 2) / math.sqrt(query.size(-1))).masked_fill(hidden, -torch.inf)
-        context = (torch.softmax(scores, -1) @ value).transpose(0, 1).flatten(1)
-        x = x + F.linear(context, layer.out_proj.weight, layer.out_proj.bias)
+        context = (drop(torch.softmax(scores, -1)) @ value).transpose(0, 1).flatten(1)
+        x = x + drop(F.linear(context, layer.out_proj.weight, layer.out_proj.bias))
         first, second = layer.feed_forward.linear1, layer.feed_forward.linear2
         update = F.linear(norm(x, layer.attention_norm.weight), first.weight, first.bias)
-        x = x + F.linear(F.gelu(update, approximate="tanh"), second.weight, second.bias)
+        x = x + drop(F.linear(F.gelu(update, approximate="tanh"), second.weight, second.bias))
         weight = layer.feed_forward_norm.weight
     return norm(x, weight)
 
@@ -221,6 +222,22 @@ def test_training_takes_the_fast_paths(rms: bool, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("rms", [False, True])
+def test_dropout_is_where_gpt2_has_it(rms: bool):
+    """By how far hidden states scatter, which any other place of it changes."""
+    draws, length, dropout = 3000, 4, 0.3
+    model = model_of(rms=rms, dropout=dropout, layers=1).train()
+    ids = torch.tensor([3, 1, 4, 1])
+    bounds = torch.arange(draws + 1, dtype=torch.int32) * length
+    with torch.no_grad():
+        ours = model.hidden_states(ids.repeat(draws), bounds).unflatten(0, (draws, length))
+        if rms:
+            theirs = torch.stack([plain_rms(model, ids, dropout) for _ in range(draws)])
+        else:
+            theirs = to_gpt2(model, dropout).train().transformer(ids.expand(draws, -1)).last_hidden_state
+    assert (ours.std(0) / theirs.std(0)).mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("rms", [False, True])
 def test_it_begins_as_gpt2_does(rms: bool):
     torch.manual_seed(0)
     model, layers = GPT(256, context=128, layers=8, heads=4, width=192, rms=rms), 8
@@ -250,7 +267,7 @@ def test_every_byte_is_a_label_once(context: int, overlap: int):
         content = contents[length - 1]
         ids, labels = item["input_ids"].tolist(), item["labels"].tolist()
         assert bytes(ids) == (bytes([byte_data.START]) + content)[begin : begin + len(ids)]
-        assert len(ids) == len(labels) == min(context, length - begin)
+        assert len(ids) == len(labels) == min(context, length - begin) and labels[-1] != byte_data.IGNORED
         assert labels == [
             byte_data.IGNORED if begin and place < overlap else content[begin + place] for place in range(len(ids))
         ]
@@ -313,18 +330,34 @@ def test_pythons_documentation(documents: list[Document]):
     assert len(paragraphs(test)) > 500 and not paragraphs(train) & paragraphs(test)
 
 
+def test_sources_are_read_in_their_order_and_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = (
+        '"""One."""\nraise SystemExit\nclass A:\n    """Two."""\n    def f(): "Three."\nasync def g(): "Fo\\u00fcr."\n'
+    )
+    for name in ("a.py", "b/__init__.py", "b/_c.py", "_d.py", "_e/f.py", "test/g.py", "b/tests/h.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(source.replace("One", f"One of {name}") if name != "b/__init__.py" else "")
+    monkeypatch.setattr(byte_data.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(byte_data, "topics", {"if": "The if statement."})
+    assert byte_data.python_documentation() == [
+        Document("topic if", b"The if statement."),
+        Document("a.py", "One of a.py.\n\nTwo.\n\nThree.\n\nFoür.".encode()),
+    ]
+
+
 def test_repeated_paragraphs_are_left_out():
     texts = {"one": "A  b.\n\n  C\n  d.\n", "two": "\nA\nb.\n \nNew.", "three": "C d.\n\n\nA b."}
     assert byte_data.without_repeats(texts) == [Document("one", b"A  b.\n\n  C\n  d."), Document("two", b"New.")]
 
 
 def test_the_loss_falls(arguments, tmp_path: Path, text: Path, capsys):
-    how = ("--epochs", 30, "--batch-size", 2, "--lr", 5e-3, "--generate", 30, "--prompt", "If ")
+    how = ("--epochs", 30, "--batch-size", 2, "--lr", 5e-3, "--dropout", 0.02, "--generate", 30, "--prompt", "If ")
     losses = run(arguments(*how), tmp_path)
     shares = [count / text.stat().st_size for count in Counter(text.read_bytes()).values()]
     of_single_bytes = -sum(share * math.log(share) for share in shares)
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
-    assert sum(losses[-20:]) / 20 < of_single_bytes / 2
+    assert sum(losses[-20:]) / 20 < 0.8 * of_single_bytes
     shown, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
     assert result["tokens"] == 30 * round(0.9 * text.stat().st_size)
     held_out = text.read_bytes()[round(0.9 * text.stat().st_size) :]

@@ -132,7 +132,7 @@ def test_a_signal_ends_it(fakes, command):
 def test_a_service_that_does_not_start_is_named(command, tmp_path: Path, capfd):
     assert load_test.main(command("--model", tmp_path)) == 1
     serve, load = capfd.readouterr().err.splitlines()
-    assert serve.startswith(f"serve: {tmp_path} is no text classifier: ")
+    assert serve.startswith(f"serve: {tmp_path} is no model that can be used: ")
     assert load == "load_test: the service (stock, float32) does not start: exit code 1"
 
 

@@ -69,10 +69,24 @@ def test_a_download_runs_no_code_of_the_package(tmp_path: Path, monkeypatch: pyt
     links.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    with pytest.raises(DataError, match=r"vaderSentiment==0\.5 failed: .*No matching distribution"):
+    with pytest.raises(
+        DataError, match=r"pip download .* failed: .*No matching distribution found for vaderSentiment==0\.5"
+    ):
         sentiment_data.fetch(tmp_path / "cache")
 
     path = write_archive(links / sentiment_data.PACKAGE.archive, few_texts())
+    with zipfile.ZipFile(path, "a") as package:
+        package.writestr("vaderSentiment-0.5/setup.py", f"open({str(ran)!r}, 'w')\n")
+        package.writestr(
+            "vaderSentiment-0.5/pyproject.toml",
+            '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n',
+        )
+        package.writestr("vaderSentiment-0.5/own.py", f"open({str(ran)!r}, 'w')\n")
+    with pytest.raises(DataError, match="failed: "):  # another archive than the one that was looked at
+        sentiment_data.fetch(tmp_path / "cache")
+    assert not ran.exists() and not list((tmp_path / "cache").iterdir())
+
+    path = write_archive(path, few_texts())
     with zipfile.ZipFile(path, "a") as package:
         package.writestr("vaderSentiment-0.5/setup.py", f"open({str(ran)!r}, 'w')\n")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -287,7 +287,7 @@ def test_metrics_count_what_was_served(folder: Path):
 def test_a_stopping_service_accepts_nothing(folder: Path):
     made = Made(folder)
     assert made.get("/health").json() == {"status": "ready"}
-    server = serve._Server(uvicorn.Config(made.app, log_config=None), made.service, worker=False)
+    server = serve._Server(uvicorn.Config(made.app, log_config=None), made.service, parent=None)
     server.handle_exit(signal.SIGTERM, None)
     assert made.get("/health").status_code == made.ask(json={"texts": "a"}).status_code == 503
     assert made.get("/metrics").status_code == 200
@@ -295,7 +295,7 @@ def test_a_stopping_service_accepts_nothing(folder: Path):
 
 def test_a_worker_ends_with_the_process_that_started_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
     made = Made(folder)
-    server = serve._Server(uvicorn.Config(made.app, log_config=None), made.service, worker=True)
+    server = serve._Server(uvicorn.Config(made.app, log_config=None), made.service, os.getppid())
     assert not asyncio.run(server.on_tick(1))
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert asyncio.run(server.on_tick(1)) and made.service.stopping
@@ -307,7 +307,7 @@ def served(made: Made, **more: Any) -> Iterator[tuple[serve._Server, int]]:
     with serve.bind("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         config = uvicorn.Config(made.app, lifespan="off", log_config=None, **more)
-        server = serve._Server(config, made.service, worker=False)
+        server = serve._Server(config, made.service, parent=None)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -409,6 +409,10 @@ def damaged(folder: Path, copy: Path, how: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(copy)
         tokenizer.add_tokens(["resnorm"])
         tokenizer.save_pretrained(copy)
+    elif how == "not finite":
+        model = AutoModelForSequenceClassification.from_pretrained(copy)
+        torch.nn.init.constant_(model.classifier.bias, torch.nan)
+        model.save_pretrained(copy)
     elif how == "many labels":
         config["problem_type"] = "multi_label_classification"
     (copy / "config.json").write_text("{" if how == "no config" else json.dumps(config))
@@ -423,13 +427,14 @@ def damaged(folder: Path, copy: Path, how: str) -> Path:
         ("no config", "not a valid JSON"),
         ("no tokenizer", "its tokenizer has no words"),
         ("another tokenizer", "its tokenizer has 30523 tokens, the model 30522"),
+        ("not finite", "its probabilities are not finite"),
         ("many labels", "its labels are not classes"),
     ],
 )
 def test_a_folder_that_is_no_classifier_is_named(folder: Path, tmp_path: Path, capsys, how: str, reason: str):
     copy = damaged(folder, tmp_path / "copy", how)
     error = error_of(capsys, "--model", copy, "--port", 0)
-    assert f"{copy} is no text classifier: " in error and reason in error
+    assert f"{copy} is no " in error and reason in error
 
 
 def test_a_model_without_a_head_is_refused(small_model: Path, capsys):

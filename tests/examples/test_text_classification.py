@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import checkpoint
+import metrics
 import pytest
 import text_classification
+import torch
 import training
 import variants
 from progress import LossProgress
@@ -108,6 +111,34 @@ def test_a_loss_that_is_not_finite_stops(arguments, tmp_path: Path, capsys, how:
     assert ", on the texts " in error and ("film" in error or "product" in error)
 
 
+def test_a_signal_after_the_last_step_is_heeded(arguments, monkeypatch: pytest.MonkeyPatch, capsys):
+    """While the last checkpoint is written; the training is whole then."""
+    original = checkpoint.save
+
+    def save(path, state):
+        original(path, state)
+        if state["run"]["epoch"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    command = arguments("--only", "stock")
+    assert text_classification.main(command) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 14" in capsys.readouterr().err
+    assert text_classification.main([*command, "--resume"]) == 0
+
+
+def test_a_finished_training_keeps_what_it_took(arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = arguments("--only", "stock")
+    results = []
+    for more in ([], ["--resume"]):
+        assert text_classification.main([*command, *more]) == 0
+        results.append(json.loads((tmp_path / "stock" / "result.json").read_text()))
+        monkeypatch.setattr(metrics, "peak_memory", lambda: 2**40)
+    for key in ("losses", "seconds", "tokens", "peak_mib", "predicted"):
+        assert results[0][key] == results[1][key]
+    assert 0 < results[0]["peak_mib"] < 2**19
+
+
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "flipped":
@@ -143,6 +174,41 @@ def test_a_checkpoint_of_another_training_is_refused(arguments, tmp_path: Path, 
     missing = tmp_path / "missing.pt"
     assert text_classification.main(arguments("--only", "stock", "--resume", missing)) == 1
     assert f"{missing} is no checkpoint" in capsys.readouterr().err
+    torch.save(torch.zeros(2), missing)
+    assert text_classification.main(arguments("--only", "stock", "--resume", missing)) == 1
+    assert f"{missing} does not fit this model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("config.json", "model_type"),
+        ("model.safetensors", "no file named"),
+        ("tokenizer.json", "has no words"),
+        ("", ""),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_named(
+    arguments, small_model: Path, tmp_path: Path, capsys, file: str, reason: str
+):
+    folder = tmp_path / "model"
+    if file:
+        shutil.copytree(small_model, folder)
+        for path in folder.glob("tokenizer*" if "tokenizer" in file else file):
+            path.unlink()
+    assert text_classification.main(arguments("--only", "stock", "--model", folder)) == 1
+    error = capsys.readouterr().err
+    begin = f"{folder} is no model that can be used: " if file else f"there is no folder {folder}"
+    assert error.startswith(f"text_classification: {begin}") and error.count("\n") == 1 and reason in error
+
+
+def test_texts_and_outputs_that_cannot_be_had_are_named(arguments, tmp_path: Path, capsys):
+    missing = tmp_path / "missing.zip"
+    assert text_classification.main(arguments("--only", "stock", "--data", missing)) == 1
+    assert capsys.readouterr().err == f"text_classification: there is no file {missing}\n"
+    (tmp_path / "taken").touch()
+    assert text_classification.main(arguments("--only", "stock", "--output", tmp_path / "taken")) == 1
+    assert "step" not in (shown := capsys.readouterr()).out and str(tmp_path / "taken") in shown.err
 
 
 def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +225,17 @@ def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(tmp_path: Path,
     assert checkpoint.load(path) == {"step": 1}
 
 
-@pytest.mark.parametrize("option", [("--epochs", "0"), ("--lr", "nan"), ("--dropout", "2"), ("--limit", "some")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--epochs", "0"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--seed", "9" * 20),
+        ("--dropout", "2"),
+        ("--limit", "some"),
+    ],
+)
 def test_options_out_of_range(option: tuple[str, str], capsys):
     with pytest.raises(SystemExit, match="2"):
         text_classification.main(option)

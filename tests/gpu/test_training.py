@@ -70,7 +70,7 @@ def test_autocast_with_a_scaler(dtype):
 
 def in_a_graph(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[nn.Module, Tensor], Tensor]:
     """A step, forward to optimizer, as one CUDA graph; capture leaves weights as they were."""
-    x, before = batches()[0].clone(), copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    x, before = batches()[0].clone(), copy.deepcopy(model.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -87,7 +87,7 @@ def in_a_graph(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[
         optimizer.step()
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            value.copy_(before[0][name])
+            value.copy_(before[name])
 
     def take_step(model: nn.Module, other: Tensor) -> Tensor:
         x.copy_(other)
