@@ -66,9 +66,11 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[Answers]]:
         with Server(("127.0.0.1", 0), fake) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
-            yield Variant(name, fake.port or server.server_port, psutil.Process(), cycle(enumerate(texts)))
-            server.shutdown()
-            thread.join()
+            try:
+                yield Variant(name, fake.port or server.server_port, psutil.Process(), cycle(enumerate(texts)))
+            finally:
+                server.shutdown()
+                thread.join()
 
     monkeypatch.setattr(load_test, "start", start)
     return made
