@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from results import OURS
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import resnorm_ext
 from resnorm_ext.demo.command import bundled_model
@@ -124,6 +125,8 @@ def _step(module: nn.Module, dtype: torch.dtype, **arguments: Tensor) -> Step:
 
 
 def _classifier(contender: str) -> nn.Module:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(bundled_model(), num_labels=2).train()
     return contender_of(contender, model, padding="skip", dynamic=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import metrics
+import memory
 import torch
 from checkpoint import StopSignals
 from errors import CheckpointError, Stopped
@@ -55,7 +55,7 @@ def train_with_trainer(task: Task) -> Run:
         )
         trainer.remove_callback(PrinterCallback)  # it prints every step
         trainer.train(resume_from_checkpoint=start)
-    watch.run.peak_mib = metrics.peak_memory() / 2**20
+    watch.run.peak_mib = memory.peak_memory() / 2**20
     if stop.received is not None:
         raise Stopped(stop.received, len(watch.run.losses))
     return watch.run

@@ -67,29 +67,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        parents=[training_parser(None, OUTPUT)],
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # what follows takes the place of common options
-    )
+    parser = training_parser(__doc__, OUTPUT, epochs=4, batch_size=8, lr=3e-3, dropout=0.0)
     add, count = parser.add_argument, number(int, 1)
-    add("--epochs", type=count, default=4, help="default: 4")
-    add("--batch-size", type=count, default=8, help="windows of a batch (default: 8)")
-    add("--token-budget", type=count, help="instead: bytes of a batch, of windows of like lengths")
-    add("--lr", type=number(float, 0), default=3e-3, help="the highest learning rate (default: 3e-3)")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="every rate in the model (default: 0)")
-    add("--limit", type=count, help="windows to train on, and a quarter as many to test on (default: all)")
-    add("--text", "--data", type=Path, metavar="FILE", help="to train on, as bytes (default: Python's documentation)")
-    add("--context", type=number(int, 2), default=128, help="bytes of a window (default: 128)")
-    add("--layers", type=count, default=4, help="default: 4")
-    add("--heads", type=count, default=4, help="default: 4")
-    add("--width", type=count, default=192, help="default: 192")
+    add("--text", type=Path, metavar="FILE", help="to train on, as bytes (default: Python's documentation)")
+    add("--context", type=number(int, 2), default=128, help="bytes of a window, an example (default: %(default)s)")
+    add("--layers", type=count, default=4, help="default: %(default)s")
+    add("--heads", type=count, default=4, help="default: %(default)s")
+    add("--width", type=count, default=192, help="default: %(default)s")
     add("--rms", action="store_true", help="RMSNorm in the place of LayerNorm")
-    add("--generate", type=number(int, 0), default=400, metavar="N", help="bytes to write (default: 400)")
-    add("--prompt", default="The ", metavar="TEXT", help="to go on from (default: 'The ')")
-    add("--temperature", type=number(float, 0), default=0.7, help="0 for the likeliest byte each time (default: 0.7)")
-    add("--model", type=Path, metavar="FILE", help="write with a model that is trained already")
+    add("--generate", type=number(int, 0), default=400, metavar="N", help="bytes to write (default: %(default)s)")
+    add("--prompt", default="The ", metavar="TEXT", help="to go on from (default: '%(default)s')")
+    add("--temperature", type=number(float, 0), default=0.7, help="0 for the likeliest byte (default: %(default)s)")
+    add("--model", type=Path, metavar="FILE", help="write with a model that is trained already, and train none")
     return parser
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,6 @@ from sklearn.metrics import classification_report
 from torch.utils.data import DataLoader
 
 from resnorm_ext.data import TokenBudgetSampler
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has had in memory.
-
-    Not getrusage's ru_maxrss, in which Linux counts what the process that started this one had.
-    """
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import metrics
+import memory
 import parallel
 import torch
 from checkpoint import StopSignals
@@ -114,6 +114,9 @@ def train(task: Task) -> Run:
     torch.manual_seed(options.seed + rank)
     run = resume(task, path, parts) if options.resume else Run()
 
+    def stopped() -> bool:
+        return parallel.sums(stop.received is not None, device=device)[0] > 0
+
     model.train()
     with StopSignals() as stop, LossProgress(task.console, task.folder.name, steps) as progress:
         while run.epoch < options.epochs:
@@ -137,16 +140,15 @@ def train(task: Task) -> Run:
                 run.losses.append(loss)
                 run.batch += 1
                 progress.step(run.losses, run.tokens / run.seconds)
-                (stopped,) = parallel.sums(stop.received is not None, device=device)
-                if stopped or len(run.losses) % options.save_every == 0:
+                stops = stopped()
+                if stops or len(run.losses) % options.save_every == 0:
                     save(options, path, parts, run)
-                if stopped:
+                if stops:
                     raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
             run.epoch, run.batch = run.epoch + 1, 0
             save(options, path, parts, run)
-        (stopped,) = parallel.sums(stop.received is not None, device=device)
-    if stopped:  # after the last step
-        raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
+        if stopped():  # after the last step
+            raise Stopped(stop.received or signal.SIGTERM, len(run.losses))
     return run
 
 
@@ -164,7 +166,7 @@ Parts = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler]
 def save(options: argparse.Namespace, path: Path, parts: Parts, run: Run) -> None:
     """All that goes on: the same whatever the number of processes, but for their random numbers."""
     model, optimizer, schedule = parts
-    run.peak_mib = max(run.peak_mib, metrics.peak_memory() / 2**20)
+    run.peak_mib = max(run.peak_mib, memory.peak_memory() / 2**20)
     state = {
         **parallel.state(model, optimizer),
         "schedule": schedule.state_dict(),

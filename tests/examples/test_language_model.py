@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 import re
 import signal
@@ -15,22 +14,12 @@ import byte_data
 import language_model
 import pytest
 import torch
-import torch.nn.functional as F
 from byte_data import Document, Windows
 from gpt import GPT
 from progress import LossProgress
-from torch import Tensor, nn
-from torch.profiler import profile
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
 
-CONTEXT = 24
-SIZES = {"context": CONTEXT, "layers": 2, "heads": 4, "width": 32}
-SHAPES = [(1, 1, 8, [5]), (2, 4, 32, [CONTEXT, 1, 7]), (3, 2, 48, [CONTEXT] * 3)]  # layers, heads, width, lengths
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[Document]:
-    return byte_data.python_documentation()
+from .gpt_cases import CONTEXT, SIZES, model_of, plain_rms, to_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,8 @@ def arguments(text: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
     def command_line(*more: object) -> list[str]:
         sizes = [each for name, size in SIZES.items() for each in (f"--{name}", size)]
-        given = ["--text", text, "--output", tmp_path, "--batch-size", 6, "--generate", 0, *sizes, *more]
+        batches = () if "--token-budget" in more else ("--batch-size", 6)
+        given = ["--text", text, "--output", tmp_path, *batches, "--generate", 0, *sizes, *more]
         return [str(each) for each in given]
 
     return command_line
@@ -58,144 +48,6 @@ def run(arguments: list[str], folder: Path, *more: object) -> list[float]:
     return json.loads((folder / "result.json").read_text())["losses"]
 
 
-def model_of(rms: bool = False, dropout: float = 0.0, **sizes: int) -> GPT:
-    """With parameters far from those at which it begins, biases and norms among them."""
-    torch.manual_seed(0)
-    model = GPT(256, **(SIZES | sizes), dropout=dropout, rms=rms)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def packed(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Random ids and labels of sequences one after another, and their bounds."""
-    torch.manual_seed(1)
-    ids, labels = torch.randint(256, (2, sum(lengths)))
-    labels[1::5] = byte_data.IGNORED
-    return ids, labels, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def gpt2_names(model: GPT) -> dict[str, str]:
-    """transformers' name of each parameter. What it calls Conv1D has its weight transposed."""
-    parts = {
-        "norm1": "ln_1",
-        "self_attn.in_proj": "attn.c_attn",
-        "self_attn.out_proj": "attn.c_proj",
-        "norm2": "ln_2",
-        "linear1": "mlp.c_fc",
-        "linear2": "mlp.c_proj",
-    }
-    outer = {"tokens": "wte", "positions": "wpe", "layers.norm": "ln_f"}
-    names = {}
-    for name, _ in model.named_parameters():
-        part, kind = re.fullmatch(r"(.+)[._](weight|bias)", name).groups()
-        if layer := re.fullmatch(r"layers\.layers\.(\d+)\.(.+)", part):
-            names[name] = f"h.{layer[1]}.{parts[layer[2]]}.{kind}"
-        else:
-            names[name] = f"{outer[part]}.{kind}"
-    return names
-
-
-def is_transposed(name: str) -> bool:
-    return ".c_" in name and name.endswith("weight")
-
-
-def to_gpt2(model: GPT, dropout: float = 0.0) -> GPT2LMHeadModel:
-    encoder = model.layers
-    config = GPT2Config(
-        vocab_size=256,
-        n_positions=model.context,
-        n_embd=encoder.norm.normalized_shape[0],
-        n_layer=encoder.num_layers,
-        n_head=encoder.layers[0].self_attn.num_heads,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        resid_pdrop=dropout,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    gpt2, names = GPT2LMHeadModel(config), gpt2_names(model)
-    state = {
-        names[name]: parameter.detach().t() if is_transposed(names[name]) else parameter.detach()
-        for name, parameter in model.named_parameters()
-    }
-    assert not gpt2.transformer.load_state_dict(state).missing_keys
-    gpt2.tie_weights()
-    return gpt2
-
-
-@pytest.mark.parametrize(("layers", "heads", "width", "lengths"), SHAPES)
-def test_hidden_states_are_those_of_gpt2(layers: int, heads: int, width: int, lengths: list[int]):
-    model = model_of(layers=layers, heads=heads, width=width).eval()
-    gpt2 = to_gpt2(model).eval()
-    ids, _, bounds = packed(lengths)
-    with torch.no_grad():
-        expected = [gpt2.transformer(each.unsqueeze(0)).last_hidden_state[0] for each in ids.split(lengths)]
-        torch.testing.assert_close(model.hidden_states(ids, bounds), torch.cat(expected), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("layers", "heads", "width", "lengths"), SHAPES)
-def test_loss_and_gradients_are_those_of_gpt2(layers: int, heads: int, width: int, lengths: list[int]):
-    model = model_of(layers=layers, heads=heads, width=width).train()
-    gpt2, names = to_gpt2(model).train(), gpt2_names(model)
-    ids, labels, bounds = packed(lengths)
-    loss = model(ids, bounds, labels=labels).loss
-    logits = torch.cat([gpt2(each.unsqueeze(0)).logits[0] for each in ids.split(lengths)])
-    expected = F.cross_entropy(logits, labels, ignore_index=-100)
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    loss.backward()
-    expected.backward()
-    theirs = dict(gpt2.transformer.named_parameters())
-    assert set(names.values()) == set(theirs)
-    for name, parameter in model.named_parameters():
-        grad = theirs[names[name]].grad
-        grad = grad.t() if is_transposed(names[name]) else grad
-        torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-4)
-
-
-def plain_rms(model: GPT, ids: Tensor, dropout: float = 0.0) -> Tensor:
-    """The hidden states of one sequence by torch's functions alone."""
-    drop = nn.Dropout(dropout)
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-
-    x = drop(model.tokens.weight[ids] + model.positions.weight[: len(ids)])
-    weight = model.layers.norm.weight
-    for layer in model.layers.layers:
-        query, key, value = (
-            part.unflatten(-1, (layer.heads, -1)).transpose(0, 1)
-            for part in F.linear(norm(x, weight), layer.in_proj.weight, layer.in_proj.bias).chunk(3, -1)
-        )
-        hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-        scores = (query @ key.transpose(1, 2) / math.sqrt(query.size(-1))).masked_fill(hidden, -torch.inf)
-        context = (drop(torch.softmax(scores, -1)) @ value).transpose(0, 1).flatten(1)
-        x = x + drop(F.linear(context, layer.out_proj.weight, layer.out_proj.bias))
-        first, second = layer.feed_forward.linear1, layer.feed_forward.linear2
-        update = F.linear(norm(x, layer.attention_norm.weight), first.weight, first.bias)
-        x = x + drop(F.linear(F.gelu(update, approximate="tanh"), second.weight, second.bias))
-        weight = layer.feed_forward_norm.weight
-    return norm(x, weight)
-
-
-@pytest.mark.parametrize(("layers", "heads", "width", "lengths"), SHAPES)
-def test_rms_is_a_plain_torch_model(layers: int, heads: int, width: int, lengths: list[int]):
-    model = model_of(rms=True, layers=layers, heads=heads, width=width)
-    ids, _, bounds = packed(lengths)
-    with torch.no_grad():
-        inferred = model.eval().hidden_states(ids, bounds)
-    ours = model.train().hidden_states(ids, bounds)
-    expected = torch.cat([plain_rms(model, each) for each in ids.split(lengths)])
-    for output in (inferred, ours):
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    names, parameters = zip(*model.named_parameters())
-    weights = torch.randn_like(ours)
-    grads = [torch.autograd.grad((output * weights).sum(), parameters) for output in (ours, expected)]
-    for name, one, other in zip(names, *grads):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def test_rms_has_no_layer_norm_and_else_there_is_nothing_but(arguments, tmp_path: Path):
     for flags, kind, other in (((), nn.LayerNorm, nn.RMSNorm), (("--rms",), nn.RMSNorm, nn.LayerNorm)):
         run(arguments("--epochs", 1, *flags), tmp_path)
@@ -204,74 +56,6 @@ def test_rms_has_no_layer_norm_and_else_there_is_nothing_but(arguments, tmp_path
         assert len(norms) == 2 * SIZES["layers"] + 1
         assert all(type(norm).__module__.startswith("resnorm_ext.") for norm in norms)
         assert not any(isinstance(module, other) for module in modules)
-
-
-@pytest.mark.parametrize("rms", [False, True])
-def test_training_takes_the_fast_paths(rms: bool, caplog: pytest.LogCaptureFixture):
-    model = model_of(rms=rms, dropout=0.1).train()
-    ids, labels, bounds = packed([CONTEXT, 7, CONTEXT])
-    with profile() as profiler, caplog.at_level(logging.DEBUG, "resnorm_ext"):
-        model(ids, bounds, labels=labels).loss.backward()
-    assert caplog.messages == ([] if rms else ["TransformerEncoder: packed"])
-    calls = {event.key: event.count for event in profiler.key_averages()}
-    norm, layers = "add_rms_norm" if rms else "add_layer_norm", SIZES["layers"]
-    for name, count in (("packed_attention", layers), ("feed_forward", layers), (norm, 2 * layers)):
-        assert calls[f"resnorm::{name}"] == count, name
-    assert calls["aten::bernoulli_"] == 1  # of the embeddings' dropout
-    assert not any("softmax" in name and "log" not in name for name in calls)
-
-
-@pytest.mark.parametrize("rms", [False, True])
-def test_dropout_is_where_gpt2_has_it(rms: bool):
-    """By how far hidden states scatter, which any other place of it changes."""
-    draws, length, dropout = 3000, 4, 0.3
-    model = model_of(rms=rms, dropout=dropout, layers=1).train()
-    ids = torch.tensor([3, 1, 4, 1])
-    bounds = torch.arange(draws + 1, dtype=torch.int32) * length
-    with torch.no_grad():
-        ours = model.hidden_states(ids.repeat(draws), bounds).unflatten(0, (draws, length))
-        if rms:
-            theirs = torch.stack([plain_rms(model, ids, dropout) for _ in range(draws)])
-        else:
-            theirs = to_gpt2(model, dropout).train().transformer(ids.expand(draws, -1)).last_hidden_state
-    assert (ours.std(0) / theirs.std(0)).mean().item() == pytest.approx(1, abs=0.02)
-
-
-@pytest.mark.parametrize("rms", [False, True])
-def test_it_begins_as_gpt2_does(rms: bool):
-    torch.manual_seed(0)
-    model, layers = GPT(256, context=128, layers=8, heads=4, width=192, rms=rms), 8
-    seen = set()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            assert not parameter.any(), name
-        elif "norm" in name:
-            assert (parameter == 1).all(), name
-        else:
-            scaled = name.endswith(("out_proj.weight", "linear2.weight"))
-            seen.add((name.rpartition(".layers.")[2].partition(".")[2] if "layers" in name else name, scaled))
-            std = 0.02 / math.sqrt(2 * layers) if scaled else 0.02
-            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
-            assert abs(parameter.mean().item()) < std / 20, name
-    assert len(seen) == 6 and sum(scaled for _, scaled in seen) == 2
-
-
-@pytest.mark.parametrize(("context", "overlap"), [(8, 0), (8, 4), (8, 7), (5, 2), (2, 1)])
-def test_every_byte_is_a_label_once(context: int, overlap: int):
-    contents = [bytes(range(1, 1 + length)) for length in range(1, 30)]
-    windows = Windows([Document(str(len(each)), each) for each in contents], context, overlap)
-    assert windows.labelled() == b"".join(contents)
-    assert len(windows.names) == len(windows)
-    for name, item in zip(windows.names, windows):
-        length, begin = map(int, re.fullmatch(r"(\d+) from byte (\d+)", name).groups())
-        content = contents[length - 1]
-        ids, labels = item["input_ids"].tolist(), item["labels"].tolist()
-        assert bytes(ids) == (bytes([byte_data.START]) + content)[begin : begin + len(ids)]
-        assert len(ids) == len(labels) == min(context, length - begin) and labels[-1] != byte_data.IGNORED
-        assert labels == [
-            byte_data.IGNORED if begin and place < overlap else content[begin + place] for place in range(len(ids))
-        ]
-    assert len(Windows([Document("", contents[-1])], context, overlap, limit=2)) == 2
 
 
 def test_bits_per_byte_are_a_plain_computation():
@@ -299,56 +83,6 @@ def test_an_untrained_model_needs_eight_bits(documents: list[Document], rms: boo
     model = GPT(256, **SIZES, rms=rms).eval()
     windows = Windows(documents[:5], CONTEXT, CONTEXT // 2, limit=100)
     assert language_model.bits_per_byte(model, windows, "float32") == pytest.approx(8, abs=0.1)
-
-
-def test_what_compression_adds():
-    text = bytes(torch.randint(256, (4000,)).tolist())
-    for compress in language_model.COMPRESSORS.values():
-        assert 8 < byte_data.compressed_bits_per_byte(text, b"", compress) < 9
-        assert byte_data.compressed_bits_per_byte(text, 3 * text, compress) < 1
-    assert byte_data.compressed_bits_per_byte(b"12", b"345", lambda content: content[::2]) == 8 * (3 - 2) / 2
-
-
-def test_pythons_documentation(documents: list[Document]):
-    assert 1e6 < sum(len(document.content) for document in documents) < 1e7
-    names = [document.name for document in documents]
-    assert len(set(names)) == len(names) and "topic for" in names and "json/__init__.py" in names
-    assert not any("test" in name.split("/") or name.startswith("_py") for name in names)
-    known = " ".join(inspect.getdoc(json.dumps).partition("\n\n")[2].partition("\n\n")[0].split()).encode()
-    assert b"skipkeys" in known
-    found = [document.name for document in documents if known in b" ".join(document.content.split())]
-    assert found == ["json/__init__.py"]
-
-    train, test = byte_data.split(documents)
-    assert sorted(train + test, key=documents.index) == documents and (train, test) == byte_data.split(documents)
-    assert 0.07 < sum(len(document.content) for document in test) / sum(map(len, (d.content for d in documents))) < 0.13
-
-    def paragraphs(part: list[Document]) -> set[bytes]:
-        every = (paragraph for document in part for paragraph in re.split(rb"\n\s*\n", document.content))
-        return {b" ".join(paragraph.split()) for paragraph in every}
-
-    assert len(paragraphs(test)) > 500 and not paragraphs(train) & paragraphs(test)
-
-
-def test_sources_are_read_in_their_order_and_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = (
-        '"""One."""\nraise SystemExit\nclass A:\n    """Two."""\n    def f(): "Three."\nasync def g(): "Fo\\u00fcr."\n'
-    )
-    for name in ("a.py", "b/__init__.py", "b/_c.py", "_d.py", "_e/f.py", "test/g.py", "b/tests/h.py"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text(source.replace("One", f"One of {name}") if name != "b/__init__.py" else "")
-    monkeypatch.setattr(byte_data.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(byte_data, "topics", {"if": "The if statement."})
-    assert byte_data.python_documentation() == [
-        Document("topic if", b"The if statement."),
-        Document("a.py", "One of a.py.\n\nTwo.\n\nThree.\n\nFoür.".encode()),
-    ]
-
-
-def test_repeated_paragraphs_are_left_out():
-    texts = {"one": "A  b.\n\n  C\n  d.\n", "two": "\nA\nb.\n \nNew.", "three": "C d.\n\n\nA b."}
-    assert byte_data.without_repeats(texts) == [Document("one", b"A  b.\n\n  C\n  d."), Document("two", b"New.")]
 
 
 def test_the_loss_falls(arguments, tmp_path: Path, text: Path, capsys):

@@ -12,9 +12,6 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-
-pytest.importorskip("mwparserfromhell")
-
 import tagging_data
 from errors import DataError
 

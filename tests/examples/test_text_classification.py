@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import checkpoint
-import metrics
+import memory
 import pytest
 import text_classification
 import torch
@@ -133,7 +133,7 @@ def test_a_finished_training_keeps_what_it_took(arguments, tmp_path: Path, monke
     for more in ([], ["--resume"]):
         assert text_classification.main([*command, *more]) == 0
         results.append(json.loads((tmp_path / "stock" / "result.json").read_text()))
-        monkeypatch.setattr(metrics, "peak_memory", lambda: 2**40)
+        monkeypatch.setattr(memory, "peak_memory", lambda: 2**40)
     for key in ("losses", "seconds", "tokens", "peak_mib", "predicted"):
         assert results[0][key] == results[1][key]
     assert 0 < results[0]["peak_mib"] < 2**19
@@ -239,7 +239,13 @@ def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(tmp_path: Path,
 def test_options_out_of_range(option: tuple[str, str], capsys):
     with pytest.raises(SystemExit, match="2"):
         text_classification.main(option)
-    assert f"argument {option[0]}: expected a number from" in capsys.readouterr().err
+    assert f"argument {option[0]}: expected a number" in capsys.readouterr().err
+
+
+def test_a_batch_size_and_a_token_budget_exclude_each_other(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        text_classification.main(["--batch-size", "8", "--token-budget", "80"])
+    assert "not allowed with argument --batch-size" in capsys.readouterr().err
 
 
 def test_epochs_of_a_token_budget_are_all_counted():
