@@ -21,8 +21,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import composite, sharding
+from . import composite, cuda_attention, sharding
 from .build.extension import assume_constant_result, ensure_loaded, extension
+from .engine.packing import check_sequences
 from .recording import is_exported
 
 
@@ -362,11 +363,27 @@ def packed_attention(
 
     Returns:
         ``(tokens, heads, head_dim)``.
+
+    On CUDA PyTorch's own kernels compute this (cuda_attention.py), differentiable once; but float64, what torch.func
+    transforms, and dropout by a given seed, by the formula.
     """
     if _drops_by_itself(qkv, dropout_p, training, seed):
         return composite.packed_attention(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, None)
+    if not (training and seed is not None) and cuda_attention.has_kernel(qkv, scale) and _is_packed(qkv, cu_seqlens):
+        dropout_p = _dropout_probability(dropout_p, training)
+        check_sequences(cu_seqlens, len(qkv), max_seqlen)
+        if torch.is_autocast_enabled(qkv.device.type):
+            qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+        return cuda_attention.attend(
+            *qkv.unbind(1), cu_seqlens, max_seqlen, scale=scale, causal=causal, dropout_p=dropout_p
+        )
     dropout_p, seed = _dropout_seed(qkv, dropout_p, training, seed)
     return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed)
+
+
+def _is_packed(qkv: Tensor, cu_seqlens: Tensor) -> bool:
+    """Whether these are of the shape and the devices that a packed batch has: the operator says what is wrong."""
+    return qkv.dim() == 4 and qkv.size(1) == 3 and (cu_seqlens.is_cpu or cu_seqlens.device == qkv.device)
 
 
 def _call(name: str, *arguments: object) -> Tensor | tuple[Tensor, ...] | None:
@@ -455,10 +472,15 @@ def _drops_by_itself(input: Tensor, p: float, training: bool, seed: Tensor | Non
 
 def _dropout_seed(input: Tensor, p: float, training: bool, seed: Tensor | None) -> tuple[float, Tensor | None]:
     """The probability to drop an element at this call, and the seed of the mask."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or p == 0.0:
+    p = _dropout_probability(p, training)
+    if p == 0.0:
         return 0.0, None
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device)
     return p, seed
+
+
+def _dropout_probability(p: float, training: bool) -> float:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return p if training else 0.0

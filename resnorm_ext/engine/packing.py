@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Packing(NamedTuple):
@@ -73,16 +74,29 @@ def packing_of_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None
         max_seqlen: at least the longest sequence's length; read from ``cu_seqlens`` where None.
 
     Raises RuntimeError or ValueError, as ``functional.packed_attention`` does, for bounds that are not of ``tokens``
-    tokens; of their values nothing under torch.compile.
+    tokens; of their values nothing where the call ``is_recorded``.
     """
     check_sequences(cu_seqlens, tokens, max_seqlen)
     batch_size = cu_seqlens.numel() - 1
     if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if batch_size else 0
+        max_seqlen = longest_sequence(cu_seqlens)
     positions = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.bucketize(positions, cu_seqlens[1:], right=True)
     indices = sequence * max_seqlen + positions - cu_seqlens[sequence]
     return Packing(cu_seqlens, indices, batch_size, max_seqlen, max_seqlen)
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether the values of ``x`` cannot be read now: torch.compile or a CUDA graph records the call, or there are
+    none."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def longest_sequence(cu_seqlens: Tensor) -> int:
+    """The length of the longest sequence, read from its bounds."""
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 def check_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> None:
@@ -91,7 +105,7 @@ def check_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> 
         raise RuntimeError(f"Expected cu_seqlens of dtype int32, but got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise RuntimeError(f"Expected cu_seqlens of shape (sequences + 1,), but got {tuple(cu_seqlens.shape)}")
-    if torch.compiler.is_compiling():
+    if is_recorded(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if (bounds[0], bounds[-1]) != (0, tokens):

@@ -52,11 +52,9 @@ def _are_idle(hooks: Iterable[Callable]) -> bool:
 
 
 def mode_reason(x: Tensor, originals: Originals) -> str | None:
-    """What about the mode of this call on ``x`` keeps it from inference that stands for ``originals``."""
+    """What about the mode of this call on ``x`` keeps it from a path that stands for ``originals``."""
     if not is_eager(x):
         return "the call is traced or transformed"
-    if not x.is_cpu:
-        return f"the input is on {x.device}"
     if has_global_hooks():
         return "hooks for all modules are registered"
     return autocast_reason() or originals.reason()
@@ -99,12 +97,12 @@ def implementation_reason(config: PreTrainedConfig, eager_attention: Callable) -
     return None if in_use == known[implementation] else f"{implementation} attention has been redefined"
 
 
-def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int) -> Packing:
-    """The packing of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
+def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int, device: torch.device) -> Packing:
+    """The packing, on ``device``, of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
     if key_mask is not None and not key_mask.all():
         return packing_of(key_mask)
-    cu_seqlens = equal_bounds(batch_size, length)
-    return Packing(cu_seqlens, torch.arange(batch_size * length, device="cpu"), batch_size, length, length)
+    cu_seqlens = equal_bounds(batch_size, length).to(device)
+    return Packing(cu_seqlens, torch.arange(batch_size * length, device=device), batch_size, length, length)
 
 
 def key_mask_of(attention_mask: Tensor, batch_size: int, length: int) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .. import cuda_attention
 from ..build.extension import assume_constant_result
 from ..engine.encode import encode_padded
 from ..engine.packing import Packing, pack, unpack
@@ -28,7 +29,7 @@ from .eligibility import (
     mode_reason,
     packing_of_mask,
 )
-from .packed_training import TrainedLayers, drops, training_reason
+from .packed_layers import PackedLayers, drops, layers_reason
 from .spec import TransformersLayer
 
 # The heads that are running, each with whether its result reads padded positions (heads.py).
@@ -49,7 +50,7 @@ class LayerStack(NamedTuple):
         names_read: the names of arguments that it would do anything with.
         padding: what is done about it (modules/padding.py).
         name: of a layer, for people, with a place for its index.
-        trains: whether ``TrainedLayers`` computes what they do.
+        trains: whether ``PackedLayers`` computes what they do.
     """
 
     owner: nn.Module
@@ -78,7 +79,7 @@ class LayerStack(NamedTuple):
 class PackedBatch(NamedTuple):
     """A batch that is to go through ``layers`` without padding."""
 
-    layers: PreparedLayers | TrainedLayers
+    layers: PreparedLayers | PackedLayers
     packing: Packing
 
 
@@ -106,6 +107,8 @@ def layers_to_run(stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: d
     if captures_outputs():
         return "hidden states or attention weights are asked for"
     reason = mode_reason(x, stack.originals)
+    if reason is None and not x.is_cpu:
+        reason = f"the input is on {x.device}"
     if reason is None and PREPARED not in stack.owner.__dict__:  # nothing is to be prepared in vain
         reason = stack.attention_reason(())
     if reason is not None:
@@ -131,15 +134,18 @@ def layers_of_call(
     outer: Sequence[Tensor] = (),
     *,
     drops_before: bool = False,
-) -> PreparedLayers | TrainedLayers | str:
-    """``layers_to_run``; or the layers as they train, where the call is recorded, because one of the stack's
+) -> PreparedLayers | PackedLayers | str:
+    """``layers_to_run``; or the layers as they are, on a GPU and where the call is recorded, because one of the stack's
     parameters, ``x`` or what it is computed from, ``outer``, requires grad. So too where dropout acts in the layers, or
     before them: from one seed a pass without grad drops what the pass with grad does that computes it again."""
     records = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *outer, *stack.owner.parameters()))
+    trains, slow = True, None
     if records and stack.trains:
         slow = None if stack.owner.training else grad_reason(stack.owner, x)
     elif drops_before and stack.trains:
         slow = "the embeddings are in training: dropout acts"
+    elif stack.trains and cuda_attention.is_gpu(x.device):  # what is prepared is for the CPU
+        trains = drops(stack.spec, stack.layers)
     else:
         layers = slow = layers_to_run(stack, x, dtype, arguments)
         if not (isinstance(layers, str) and stack.trains and drops(stack.spec, stack.layers)):
@@ -149,25 +155,29 @@ def layers_of_call(
     reason = mode_reason(x, stack.originals) or stack.given(arguments)
     if reason is None and len(stack.layers) == 0:
         reason = "there is no layer"
-    reason = reason or training_reason(stack.spec, stack.layers, stack.name)
+    reason = reason or layers_reason(stack.spec, stack.layers, stack.name)
     if reason is not None:
         return reason
-    layers = TrainedLayers(stack.layers, stack.spec, slow)
-    return stack.attention_reason(layers.configs) or layers
+    layers = PackedLayers(stack.layers, stack.spec, trains=trains, reason=slow)
+    return stack.attention_reason(layers.configs) or layers.device_reason(x.device, dtype) or layers
 
 
 def batch_of(
-    stack: LayerStack, layers: PreparedLayers | TrainedLayers, key_mask: Tensor | None, shape: torch.Size
+    stack: LayerStack,
+    layers: PreparedLayers | PackedLayers,
+    key_mask: Tensor | None,
+    shape: torch.Size,
+    device: torch.device,
 ) -> PackedBatch | str:
-    """What a call packs of a batch of ``(batch_size, length)`` whose keys ``key_mask`` hides where False; or why it
-    does not."""
+    """What a call packs of a batch of ``(batch_size, length)`` on ``device`` whose keys ``key_mask`` hides where False;
+    or why it does not."""
     reason = padding_reason(stack, key_mask)
     if reason is not None:
         return reason
-    trains = isinstance(layers, TrainedLayers)
+    trains = isinstance(layers, PackedLayers) and layers.trains
     if trains and stack.padding != "skip" and key_mask is not None and not key_mask.all():
         return layers.reason or "padding is computed in training, unless padding is 'skip'"
-    return PackedBatch(layers, packing_of_mask(key_mask, *shape))
+    return PackedBatch(layers, packing_of_mask(key_mask, *shape, device))
 
 
 def packed_batch(
@@ -186,7 +196,7 @@ def packed_batch(
         key_mask = key_mask_of(attention_mask, *x.shape[:2])
         if key_mask is None:
             return "the attention mask does not only hide keys"
-    return batch_of(stack, layers, key_mask, x.shape[:2])
+    return batch_of(stack, layers, key_mask, x.shape[:2], x.device)
 
 
 def padding_reason(stack: LayerStack, key_mask: Tensor | None) -> str | None:
@@ -207,8 +217,12 @@ def may_read_padding(choice: str) -> bool:
 
 def encode_packed(stack: LayerStack, tokens: Tensor, batch: PackedBatch) -> Tensor:
     """The last layer's output for the packed ``tokens``, padded again."""
-    record(stack.caller, "packed", batch.layers.reason if isinstance(batch.layers, TrainedLayers) else None)
-    return unpack(batch.layers.encode(tokens, batch.packing.cu_seqlens), batch.packing)
+    layers, packing = batch
+    if isinstance(layers, PackedLayers):
+        record(stack.caller, "packed", layers.reason)
+        return unpack(layers.encode(tokens, packing), packing)
+    record(stack.caller, "packed")
+    return unpack(layers.encode(tokens, packing.cu_seqlens), packing)
 
 
 def encode(stack: LayerStack, x: Tensor, attention_mask: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:

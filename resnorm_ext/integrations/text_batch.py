@@ -149,7 +149,7 @@ def packed_batch_of(
     if isinstance(layers, str):
         return layers
     if key_mask is not None:
-        if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2]:
+        if type(key_mask) is not Tensor or key_mask.shape != x.shape[:2] or key_mask.device != x.device:
             return "the attention mask is not that of a padded batch"
         key_mask = key_mask.to(torch.bool)
-    return batch_of(stack, layers, key_mask, x.shape[:2])
+    return batch_of(stack, layers, key_mask, x.shape[:2], x.device)

@@ -164,6 +164,7 @@ def _is_simple(arguments: dict[str, Any]) -> bool:
     ids, mask, types = (arguments.get(name) for name in _READ)
     return (
         type(ids) is Tensor
+        and ids.is_cpu
         and ids.dim() == 2
         and ids.numel() > 0
         and ids.dtype in _INTEGERS

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting
 
-from .. import functional
-from ..engine.packing import equal_bounds, pack, packing_of_sequences, unpack
+from .. import cuda_attention, functional
+from ..engine.packing import equal_bounds
 from ..recording import is_exported
 from .dropout import dropout
 from .eligibility import has_plain_tensors, is_eager
@@ -142,12 +142,8 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, pattern: Attenti
     """The output, of ``x``'s shape, of ``attention``'s parameters and dropout over the positions of ``x``."""
     qkv = _project_in(attention, x)
     dropout_p = attention.dropout if attention.training else 0.0
-    if pattern.cu_seqlens is None:
-        context = _padded_attention(qkv, pattern, dropout_p)
-    elif dropout_p == 0.0 or qkv.is_cpu:
-        context = _packed_attention(qkv, pattern, dropout_p)
-    else:
-        context = _packed_through_padded_attention(qkv, pattern, dropout_p)
+    attend = _padded_attention if pattern.cu_seqlens is None else _packed_attention
+    context = attend(qkv, pattern, dropout_p)
     return _project_out(attention, context)
 
 
@@ -204,6 +200,17 @@ def has_attention_kernel(x: Tensor) -> bool:
 
 
 def _packed_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
+    query, key, value = qkv.unbind(1)
+    if cuda_attention.has_kernel(query):
+        return cuda_attention.attend(
+            query,
+            key,
+            value,
+            pattern.cu_seqlens,
+            pattern.max_seqlen,
+            causal=pattern.is_causal,
+            dropout_p=dropout_p,
+        )
     return functional.packed_attention(
         qkv,
         pattern.cu_seqlens,
@@ -227,19 +234,3 @@ def _padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) 
     else:
         context = F.scaled_dot_product_attention(query, key, value, pattern.mask, dropout_p, pattern.is_causal)
     return _tokens_first(context, pattern.batch_first)
-
-
-def _packed_through_padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
-    """Where nothing else has a fast kernel for attention with dropout."""
-    packing = packing_of_sequences(pattern.cu_seqlens.to(qkv.device), qkv.size(0), pattern.max_seqlen)
-    padded = unpack(qkv, packing)
-    mask, is_causal = merge_masks(
-        None,
-        packing.padding(),
-        pattern.is_causal,
-        batch=packing.batch_size,
-        length=packing.length,
-        num_heads=qkv.size(-2),
-        like=qkv,
-    )
-    return pack(_padded_attention(padded, AttentionPattern(True, mask, is_causal), dropout_p), packing)

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from ..build.extension import assume_constant_result
 from ..engine.encode import encode_padded
-from ..engine.packing import check_sequences, equal_bounds, pack, packing_of, packing_of_sequences, unpack
+from ..engine.packing import (
+    check_sequences,
+    equal_bounds,
+    is_recorded,
+    longest_sequence,
+    pack,
+    packing_of,
+    packing_of_sequences,
+    unpack,
+)
 from ..engine.prepared import current_layers, prepared_layers
 from ..engine.spec import LayerOptions
 from .attention import AttentionPattern, has_attention_kernel
@@ -102,8 +111,12 @@ def encode_sequences(
     """The output, ``(tokens, dim)``, for packed ``tokens`` whose sequences' bounds are ``cu_seqlens``."""
     if stack.reason is None:
         record(stack.module, "packed")
-        if max_seqlen is not None:  # all else is checked where it is read
+        if max_seqlen is not None or not tokens.is_cpu:  # all else is checked where it is read
             check_sequences(cu_seqlens, len(tokens), max_seqlen)
+        if not tokens.is_cpu:  # once for all layers: both would wait for the GPU
+            cu_seqlens = cu_seqlens.to(tokens.device)
+            if max_seqlen is None and not is_recorded(cu_seqlens):
+                max_seqlen = longest_sequence(cu_seqlens)
         pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return stack.run(tokens, pattern, owns_x=False)
     packing = packing_of_sequences(cu_seqlens.to(tokens.device), tokens.size(0), max_seqlen)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A text encoder's layers on packed batches where a backward pass may follow.
+"""A text encoder's layers on packed batches by differentiable operators: where a backward pass may follow, and on GPUs.
 
 Linear layers may be adapters, which are called as the modules that they are.
 """
@@ -17,40 +17,55 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedConfig
 
-from .. import functional
+from .. import cuda_attention, functional
+from ..engine.packing import Packing
 from ..engine.spec import LayerSpec, module_at
 from ..modules.dropout import dropout
 from ..modules.encoder_stack import ResidualStream
 from .eligibility import is_as_built
 
 
-class TrainedLayers:
-    """Post-norm layers as a call that is recorded runs them, instead of ``PreparedLayers``.
+class PackedLayers:
+    """Post-norm layers on their own parameters, instead of ``PreparedLayers``.
 
     Attributes:
+        trains: whether the call is, or repeats, one for training.
         reason: why a call that is not for training is run like this, and not faster.
         configs: of the layers' attentions.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], spec: LayerSpec, reason: str | None) -> None:
-        self._layers, self._spec, self.reason = layers, spec, reason
+    def __init__(
+        self, layers: Sequence[nn.Module], spec: LayerSpec, *, trains: bool, reason: str | None = None
+    ) -> None:
+        self._layers, self._spec, self.trains, self.reason = layers, spec, trains, reason
         self.configs: list[PreTrainedConfig] = [layer.get_submodule(spec.attention).config for layer in layers]
 
-    def encode(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The last layer's output for packed ``tokens``, ``(tokens, dim)``, whose sequences' bounds are
-        ``cu_seqlens``."""
+    def device_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why hidden states of ``dtype`` on ``device`` go no faster packed."""
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        attentions = (module_at(layer, self._spec.attention) for layer in self._layers)
+        head_dims = {int(getattr(attention, self._spec.head_dim)) for attention in attentions}
+        if not cuda_attention.is_gpu(device):
+            return None if device.type == "cpu" else f"the input is on {device}"
+        if all(cuda_attention.kernel_of(device, dtype, each) for each in head_dims):
+            return None
+        return f"no kernel attends to packed {dtype} on this GPU"
+
+    def encode(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """The last layer's output for packed ``tokens``, ``(tokens, dim)``."""
         for layer in self._layers:
-            run = partial(self._run, layer, cu_seqlens=cu_seqlens)
+            run = partial(self._run, layer, packing=packing)
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 tokens = layer._gradient_checkpointing_func(run, tokens)
             else:
                 tokens = run(tokens)
         return tokens
 
-    def _run(self, layer: nn.Module, tokens: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+    def _run(self, layer: nn.Module, tokens: Tensor, *, packing: Packing) -> Tensor:
         spec, dropouts = self._spec, self._spec.dropouts
         stream = ResidualStream(tokens, owns_x=False, owns_updates=False)
-        update = self._attend(layer, tokens, cu_seqlens)
+        update = self._attend(layer, tokens, packing)
         stream.add_and_normalize(
             update, self._dropout(layer, dropouts.attention_update), module_at(layer, spec.attention_norm)
         )
@@ -60,19 +75,22 @@ class TrainedLayers:
         )
         return stream.x
 
-    def _attend(self, layer: nn.Module, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend(self, layer: nn.Module, tokens: Tensor, packing: Packing) -> Tensor:
         spec, attention = self._spec, module_at(layer, self._spec.attention)
-        query, key, value = (_linear(layer, name, tokens) for name in spec.projections)
-        qkv = torch.stack((query, key, value), 1).unflatten(-1, (-1, int(getattr(attention, spec.head_dim))))
+        head_dim = int(getattr(attention, spec.head_dim))
+        parts = [_linear(layer, name, tokens).unflatten(-1, (-1, head_dim)) for name in spec.projections]
+        scale = None if spec.scaling is None else float(getattr(attention, spec.scaling))
         place = spec.dropouts.attention_weights
-        rate = getattr(module_at(layer, place[0]), place[1])
-        context = functional.packed_attention(
-            qkv,
-            cu_seqlens,
-            scale=None if spec.scaling is None else float(getattr(attention, spec.scaling)),
-            dropout_p=rate,
-            training=attention.training,  # transformers asks the attention, not its dropout
-        )
+        # transformers asks the attention whether it is in training, not its dropout
+        dropout_p = getattr(module_at(layer, place[0]), place[1]) if attention.training else 0.0
+        if cuda_attention.has_kernel(parts[0], scale):
+            context = cuda_attention.attend(
+                *parts, packing.cu_seqlens, packing.max_seqlen, scale=scale, dropout_p=dropout_p
+            )
+        else:
+            context = functional.packed_attention(
+                torch.stack(parts, 1), packing.cu_seqlens, scale=scale, dropout_p=dropout_p, training=True
+            )
         return _linear(layer, spec.attention_output, context.flatten(1))
 
     def _feed_forward(self, layer: nn.Module, tokens: Tensor) -> Tensor:
@@ -101,8 +119,8 @@ class TrainedLayers:
 _NO_DROPOUT = nn.Dropout(0.0)
 
 
-def training_reason(spec: LayerSpec, layers: Sequence[nn.Module], name: str) -> str | None:
-    """What keeps ``layers``, as they are now, from ``TrainedLayers``; ``name`` is a layer's, with a place for its
+def layers_reason(spec: LayerSpec, layers: Sequence[nn.Module], name: str) -> str | None:
+    """What keeps ``layers``, as they are now, from ``PackedLayers``; ``name`` is a layer's, with a place for its
     index."""
     for index, layer in enumerate(layers):
         reason = spec.lasting_reason(layer, is_linear=_is_linear)
