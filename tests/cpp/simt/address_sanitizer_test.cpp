@@ -32,6 +32,29 @@ TEST_P(SimtMemory, AddressSanitizerSeesOneByteTooMany) {
                "stack-buffer-overflow|out of bounds");
 }
 
+// Neither reads nor writes: nobody knows what a barrier looks like.
+TEST_P(SimtMemory, AddressSanitizerSeesAccessesOfATransactionBarrier) {
+  Buffer<float> output(4);
+  EXPECT_DEATH(run({1, 1, 1, kTransactionBytes},
+                   [&] {
+                     init_transaction_barriers();
+                     output[0] = shared_floats()[1];
+                   }),
+               "use-after-poison");
+  EXPECT_DEATH(run({1, 1, 1, kTransactionBytes},
+                   [] {
+                     init_transaction_barriers();
+                     shared_floats()[3] = 1.0f;
+                   }),
+               "use-after-poison");
+  EXPECT_DEATH(run({1, 1, 1, kTransactionBytes},
+                   [&] {
+                     init_transaction_barriers();
+                     cuda::store(output.data(), cuda::load_staged<Words4>(cuda::shared_memory()));
+                   }),
+               "use-after-poison");
+}
+
 }  // namespace
 }  // namespace resnorm::simt
 

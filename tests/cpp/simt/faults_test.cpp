@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Small kernels with the classic faults, which the emulation reports.
+#include <utility>
+
 #include "simt_test.h"
 
 namespace resnorm::simt {
@@ -88,56 +90,240 @@ TEST_P(SimtFaults, CopyInFlightAtTheEndIsAnError) {
   });
 }
 
-TEST_P(SimtFaults, TouchingABlockThatMayNotHaveStartedIsAnError) {
-  expect_fault({2, 2, 32, 4}, "may not have started", [] {
-    cuda::store_remote(shared_floats(), 1 - cuda::cluster_rank(), 1.0f);
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-  });
-  // To arrive is not enough.
-  expect_fault({2, 2, 32, 4}, "may not have started", [] {
-    cuda::cluster_arrive();
-    cuda::store_remote(shared_floats(), 1 - cuda::cluster_rank(), 1.0f);
-    cuda::cluster_wait();
-  });
-}
-
-TEST_P(SimtFaults, TouchingABlockThatMayHaveLeftIsAnError) {
-  // The other block is still there, by chance.
-  expect_fault({2, 2, 32, 4}, "left after a remote store", [] {
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (cuda::cluster_rank() == 0) {
-      cuda::store_remote(shared_floats(), 1, 1.0f);
-    } else {
-      cuda::cluster_arrive();
-      cuda::cluster_wait();
-    }
-  });
-  // Block 0 leaves early: a block of one thread, so that it has left when the other one stores in any order.
-  expect_fault({2, 2, 1, 4}, "which has left", [] {
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (cuda::cluster_rank() == 0) {
-      cuda::cluster_arrive();
-      return;
-    }
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    cuda::store_remote(shared_floats(), 0, 1.0f);
-  });
-}
-
 TEST_P(SimtFaults, MisuseOfTheClusterIsAnError) {
   expect_fault({1, 1, 1, 4}, "without having arrived", [] { cuda::cluster_wait(); });
   expect_fault({2, 2, 1, 4}, "twice", [] {
     cuda::cluster_arrive();
     cuda::cluster_arrive();
   });
-  expect_fault({2, 2, 1, 4}, "block 2 of a cluster of 2", [] { cuda::store_remote(shared_floats(), 2, 1.0f); });
-  expect_fault({2, 2, 1, 4}, "outside of shared memory", [] { cuda::store_remote(shared_floats() + 1, 1, 1.0f); });
-  expect_fault({2, 2, 1, 16}, "misaligned remote store",
-               [] { cuda::store_remote(reinterpret_cast<double*>(cuda::shared_memory() + 4), 1, 1.0); });
+}
+
+// For asynchronous stores: two barriers, and room for a vector.
+constexpr Launch kAlone = {1, 1, 1, kTransactionBytes + 16}, kTwoBlocks = {2, 2, 1, kTransactionBytes + 16};
+
+TEST_P(SimtFaults, AsynchronousStoreToABlockThatMayNotHaveStartedIsAnError) {
+  const auto send = [] { store_one(slots(), transaction_barriers(), 1 - cuda::cluster_rank(), 1.0f); };
+  expect_fault(kTwoBlocks, "may not have started", [&] {
+    cuda::init_barrier(transaction_barriers());
+    send();
+  });
+  // To arrive is not enough.
+  expect_fault(kTwoBlocks, "may not have started", [&] {
+    cuda::init_barrier(transaction_barriers());
+    cuda::cluster_arrive();
+    send();
+  });
+}
+
+TEST_P(SimtFaults, AsynchronousStoreToABlockThatHasLeftIsAnError) {
+  // It leaves once it has arrived: a block of one thread, so that it has left when the other one stores in any order.
+  expect_fault(kTwoBlocks, "which has left", [] {
+    init_transaction_barriers();
+    cuda::cluster_arrive();
+    if (cuda::cluster_rank() == 0) return;
+    cuda::cluster_wait();
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+  });
+}
+
+TEST_P(SimtFaults, LeavingWithAnAsynchronousStoreInFlightIsAnError) {
+  // By the order, before it is sent or after.
+  expect_fault({2, 2, 64, kTransactionBytes + 16}, "which has left|left with asynchronous stores to it in flight", [] {
+    init_transaction_barriers();
+    if (cuda::cluster_rank() == 1 && cuda::thread_index() == 0) cuda::expect_bytes(transaction_barriers(), 4);
+    if (cuda::cluster_rank() == 0 && cuda::thread_index() == 0) store_one(slots(), transaction_barriers(), 1, 1.0f);
+  });
+  expect_fault(kAlone, "left with asynchronous stores to it in flight: nobody has waited for 8 bytes", [] {
+    init_transaction_barriers();
+    cuda::store_async(slots(), transaction_barriers() + 1, 0, {1.0f, 2.0f});
+  });
+  // That all bytes have been sent does not mean that they are there.
+  expect_fault(kAlone, "left with asynchronous stores to it in flight", [] {
+    init_transaction_barriers();
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+    cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  // To have waited for the phase before is not enough.
+  expect_fault(kAlone, "left with asynchronous stores to it in flight", [] {
+    init_transaction_barriers();
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+    cuda::expect_bytes(transaction_barriers(), 4);
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+  });
+}
+
+TEST_P(SimtFaults, BytesThatAreNotExpectedAreAnError) {
+  expect_fault(kAlone, "8 bytes have come in phase 0, which expects 4", [] {
+    init_transaction_barriers();
+    cuda::expect_bytes(transaction_barriers(), 4);
+    cuda::store_async(slots(), transaction_barriers(), 0, {1.0f, 2.0f});
+  });
+  expect_fault(kAlone, "8 bytes have come in phase 0, which expects 4", [] {
+    init_transaction_barriers();
+    cuda::store_async(slots(), transaction_barriers(), 0, {1.0f, 2.0f});
+    cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  // Nobody has waited, so the second store may be the first to arrive.
+  expect_fault(kTwoBlocks, "8 bytes have come in phase 0, which expects 4", [] {
+    init_transaction_barriers();
+    if (cuda::cluster_rank() == 0) {
+      store_one(slots(), transaction_barriers(), 1, 1.0f);
+      store_one(slots(), transaction_barriers(), 1, 2.0f);
+    } else {
+      cuda::expect_bytes(transaction_barriers(), 4);
+      cuda::wait_for_bytes(transaction_barriers(), 0);
+    }
+  });
+}
+
+TEST_P(SimtFaults, BytesExpectedTwiceAreAnError) {
+  expect_fault(kAlone, "expected twice in phase 0", [] {
+    init_transaction_barriers();
+    cuda::expect_bytes(transaction_barriers(), 4);
+    cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  expect_fault(kAlone, "expected twice in phase 0, whose end nobody has seen", [] {
+    init_transaction_barriers();
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+    cuda::expect_bytes(transaction_barriers(), 4);
+    cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  expect_fault(kAlone, "-4 bytes are expected", [] {
+    init_transaction_barriers();
+    cuda::expect_bytes(transaction_barriers(), -4);
+  });
+  expect_fault(kAlone, "1048576 bytes are expected", [] {
+    init_transaction_barriers();
+    cuda::expect_bytes(transaction_barriers(), 1 << 20);
+  });
+}
+
+TEST_P(SimtFaults, BarrierThatIsNotInitialisedIsAnError) {
+  const auto meet = [] {
+    cuda::cluster_arrive();
+    cuda::cluster_wait();
+  };
+  expect_fault(kAlone, "byte 0 .* is not initialised", [] { cuda::expect_bytes(transaction_barriers(), 4); });
+  expect_fault(kAlone, "byte 8 .* is not initialised", [] { cuda::wait_for_bytes(transaction_barriers() + 1, 0); });
+  expect_fault(kTwoBlocks, "byte 0 of block 1 of the cluster is not initialised", [&] {
+    if (cuda::cluster_rank() == 0) cuda::init_barrier(transaction_barriers());
+    meet();
+    if (cuda::cluster_rank() == 0) store_one(slots(), transaction_barriers(), 1, 1.0f);
+    meet();
+  });
+  // Another thread has initialised it, but nothing says when.
+  expect_fault({1, 1, 2, kTransactionBytes}, "(is not|may not be) initialised", [] {
+    if (cuda::thread_index() == 0) cuda::init_barrier(transaction_barriers());
+    if (cuda::thread_index() == 1) cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  // Between arrival and wait: others need not have waited for that.
+  expect_fault({1, 1, 2, kTransactionBytes}, "(is not|may not be) initialised", [] {
+    cuda::cluster_arrive();
+    if (cuda::thread_index() == 0) cuda::init_barrier(transaction_barriers());
+    cuda::cluster_wait();
+    if (cuda::thread_index() == 1) cuda::expect_bytes(transaction_barriers(), 4);
+  });
+  expect_fault(kAlone, "byte 0 is initialised twice", [] {
+    cuda::init_barrier(transaction_barriers());
+    cuda::init_barrier(transaction_barriers());
+  });
+}
+
+TEST_P(SimtFaults, BarrierThatIsOverwrittenIsAnError) {
+  expect_fault(kAlone, "asynchronous store over the barrier at byte 8", [] {
+    init_transaction_barriers();
+    cuda::store_async(slots() - 2, transaction_barriers(), 0, {1.0f, 2.0f});
+  });
+#ifndef __SANITIZE_ADDRESS__  // which sees it when it happens
+  expect_fault(kAlone, "byte 0 of block 0 of the cluster was overwritten", [] {
+    init_transaction_barriers();
+    shared_floats()[1] = 1.0f;
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+  });
+  expect_fault(kAlone, "byte 8 of block 0 of the cluster was overwritten", [] {
+    init_transaction_barriers();
+    shared_floats()[2] = 1.0f;
+  });
+#endif
+}
+
+TEST_P(SimtFaults, WaitThatMayBeTooLateIsAnError) {
+  const auto phase = [](int parity) {
+    cuda::expect_bytes(transaction_barriers(), 4);
+    store_one(slots(), transaction_barriers(), 0, 1.0f);
+    cuda::wait_for_bytes(transaction_barriers(), parity);
+  };
+  // The first phase is over, now or soon: then this is a wait for the next one.
+  expect_fault(kAlone, "waits for parity 1, while phase 0 may be over", [&] {
+    init_transaction_barriers();
+    phase(1);
+  });
+  expect_fault(kAlone, "waits for parity 0, while phase 1 may be over", [&] {
+    init_transaction_barriers();
+    phase(0);
+    phase(0);
+  });
+  expect_fault(kAlone, "a phase of parity 2", [&] {
+    init_transaction_barriers();
+    phase(2);
+  });
+}
+
+TEST_P(SimtFaults, BytesThatDoNotComeAreADeadlock) {
+  expect_fault({1, 1, 64, kTransactionBytes},
+               "deadlock: of 64 .* 64 for bytes; .* byte 8 .* block 0 .* none are expected", [] {
+                 init_transaction_barriers();
+                 cuda::wait_for_bytes(transaction_barriers() + 1, 0);
+               });
+  expect_fault({4, 2, 1, kTransactionBytes + 16}, "deadlock: of 1 .* 1 for bytes; .* phase 1, where 8 bytes .* of 12",
+               [] {
+                 init_transaction_barriers();
+                 if (cuda::cluster_rank() == 0) return;
+                 for (int phase = 0; phase < 2; ++phase) {
+                   cuda::store_async(slots(), transaction_barriers(), 1, {1.0f, 2.0f});
+                   cuda::expect_bytes(transaction_barriers(), 8 + 4 * phase);
+                   cuda::wait_for_bytes(transaction_barriers(), phase);
+                 }
+               });
+}
+
+TEST_P(SimtFaults, AsynchronousStoreToTheWrongPlaceIsAnError) {
+  static constexpr Launch kPlaces = {1, 1, 1, kTransactionBytes + 32};
+  auto buffer = consecutive(4);
+  const auto store_at = [](float* at, const auto& values) {
+    init_transaction_barriers();
+    cuda::store_async(at, transaction_barriers(), 0, values);
+  };
+  static constexpr float kOne[1] = {}, kTwo[2] = {}, kFour[4] = {};
+  const auto unaligned = [] { return reinterpret_cast<float*>(cuda::shared_memory() + kTransactionBytes + 2); };
+  expect_fault(kPlaces, "misaligned asynchronous store", [&] { store_at(unaligned(), kOne); });
+  expect_fault(kPlaces, "misaligned asynchronous store", [&] { store_at(slots() + 1, kTwo); });
+  expect_fault(kPlaces, "misaligned asynchronous store", [&] { store_at(slots() + 2, kFour); });
+  expect_fault(kPlaces, "asynchronous store: .* outside of shared", [&] { store_at(slots() + 8, kOne); });
+  expect_fault(kPlaces, "asynchronous store: .* outside of shared", [&] { store_at(slots() + 8, kFour); });
+  expect_fault(kPlaces, "asynchronous store: .* outside of shared", [&] { store_at(buffer.data(), kOne); });
+  expect_fault(kPlaces, "block 1 of a cluster of 1", [] {
+    init_transaction_barriers();
+    store_one(slots(), transaction_barriers(), 1, 1.0f);
+  });
+  expect_fault(kPlaces, "block -1 of a cluster of 1", [] {
+    init_transaction_barriers();
+    store_one(slots(), transaction_barriers(), -1, 1.0f);
+  });
+}
+
+TEST_P(SimtFaults, TransactionBarrierInTheWrongPlaceIsAnError) {
+  const auto place = [](int byte) { return reinterpret_cast<cuda::TransactionBarrier*>(cuda::shared_memory() + byte); };
+  for (const auto& [byte, message] : {std::pair(4, "misaligned barrier"), {32, "barrier: .* outside of shared"}}) {
+    expect_fault({1, 1, 1, 32}, message, [&, byte = byte] { cuda::init_barrier(place(byte)); });
+    expect_fault({1, 1, 1, 32}, message, [&, byte = byte] { cuda::expect_bytes(place(byte), 4); });
+    expect_fault({1, 1, 1, 32}, message, [&, byte = byte] { cuda::wait_for_bytes(place(byte), 0); });
+    expect_fault({1, 1, 1, 32}, message, [&, byte = byte] { store_one(slots(), place(byte), 0, 1.0f); });
+  }
+  cuda::TransactionBarrier elsewhere;
+  expect_fault({1, 1, 1, 32}, "barrier: .* outside of shared", [&] { cuda::init_barrier(&elsewhere); });
 }
 
 TEST_P(SimtFaults, MessageSaysWhereAndWhen) {

@@ -9,6 +9,7 @@
 extern "C" {
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* stack, std::size_t bytes);
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** previous_stack, std::size_t* previous_bytes);
+void __asan_poison_memory_region(const void* at, std::size_t bytes);
 }
 #endif
 #ifdef RESNORM_SIMT_THREAD_SANITIZER
@@ -20,6 +21,10 @@ void __tsan_acquire(void* tag);
 void __tsan_release(void* tag);
 void __tsan_read_range(void* at, unsigned long bytes);
 void __tsan_write_range(void* at, unsigned long bytes);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 // There are no threads whose races it would be worth to wait for at the end, a second each time.
 __attribute__((visibility("default"))) const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
@@ -123,6 +128,14 @@ void acquire_for(Fiber& fiber, const void* tag) {
 }
 void announce_read(const void* at, std::size_t bytes) { __tsan_read_range(const_cast<void*>(at), bytes); }
 void announce_write(const void* at, std::size_t bytes) { __tsan_write_range(const_cast<void*>(at), bytes); }
+Unwatched::Unwatched() {
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+Unwatched::~Unwatched() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+}
 #else
 void adopt_caller(Fiber&) {}
 void release(const void*) {}
@@ -130,6 +143,14 @@ void acquire(const void*) {}
 void acquire_for(Fiber&, const void*) {}
 void announce_read(const void*, std::size_t) {}
 void announce_write(const void*, std::size_t) {}
+Unwatched::Unwatched() {}
+Unwatched::~Unwatched() {}
+#endif
+
+#ifdef RESNORM_SIMT_ADDRESS_SANITIZER
+void forbid(const void* at, std::size_t bytes) { __asan_poison_memory_region(at, bytes); }
+#else
+void forbid(const void*, std::size_t) {}
 #endif
 
 }  // namespace resnorm::simt

@@ -30,7 +30,7 @@ struct Counters {
   std::int64_t loaded_once = 0, loaded_kept = 0, stored = 0, copied_asynchronously = 0;
   std::int64_t narrow_accesses = 0;  // loads and stores of global memory that moved less than 16 bytes
   // ... and calls, one per thread.
-  std::int64_t shuffles = 0, barriers = 0, cluster_barriers = 0;
+  std::int64_t shuffles = 0, barriers = 0, cluster_barriers = 0, asynchronous_stores = 0;
 };
 
 // To be assigned to as well: counters() = {} resets them.

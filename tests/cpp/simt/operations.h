@@ -30,8 +30,13 @@ void meet_barrier(int id, int threads);
 
 void arrive_at_cluster();
 void wait_for_cluster();
-// Where `at`, of the shared memory of this block, lies in that of another one.
-void* remote_address(void* at, std::size_t bytes, int rank);
+
+// A TransactionBarrier is known by its place in shared memory.
+void init_barrier(void* barrier);
+void expect_bytes(void* barrier, int bytes);
+// `count` values, which leave NaN in block `rank` until its barrier's phase ends.
+void store_async(float* at, void* barrier, int rank, const float* values, int count);
+void wait_for_bytes(void* barrier, int parity);
 
 // The asynchronous copies of one thread, which are made when it waits for them and no earlier.
 struct Copy {

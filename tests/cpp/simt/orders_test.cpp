@@ -51,6 +51,128 @@ TEST(SimtOrders, RandomOrderLetsAWarpRunAhead) {
   EXPECT_LT(late, 8 * 32);
 }
 
+// What an exchange takes in turn, and the parity of a round's phase: with two barriers and two slots it is right.
+struct Turns {
+  int barriers = 2, slots = 2;
+  int (*parity)(int round) = [](int round) { return round / 2 % 2; };
+};
+
+// Four blocks tell each other the number of the round and add up what they hear.
+int wrong_sums_of_exchange(const Turns& turns, const Schedule& schedule) {
+  constexpr int kCluster = 4, kRounds = 6;
+  int wrong = 0;
+  launch(
+      {kCluster, kCluster, 32, kTransactionBytes + 2 * kCluster * static_cast<int>(sizeof(float))},
+      [&] {
+        init_transaction_barriers();
+        for (int round = 0; round < kRounds; ++round) {
+          auto* const barrier = transaction_barriers() + round % turns.barriers;
+          float* const slot = slots() + round % turns.slots * kCluster;
+          if (lane() == 0) cuda::expect_bytes(barrier, kCluster * sizeof(float));
+          const float value = warp_sum(static_cast<float>(round));
+          if (lane() < kCluster) store_one(slot + cuda::cluster_rank(), barrier, lane(), value);
+          cuda::wait_for_bytes(barrier, turns.parity(round));
+          const float sum = warp_sum(lane() < kCluster ? slot[lane()] : 0.0f);
+          wrong += sum != static_cast<float>(32 * kCluster * round);
+        }
+      },
+      schedule);
+  return wrong;
+}
+
+TEST(SimtOrders, ExchangeThatTakesTurnsIsRight) {
+  for (const Schedule& schedule : kSchedules) EXPECT_EQ(wrong_sums_of_exchange({}, schedule), 0);
+}
+
+// What arrives while the slot is still being read.
+TEST(SimtOrders, SlotThatDoesNotAlternateShowsInOneOrderAtLeast) {
+  int wrong = 0;
+  for (const Schedule& schedule : kSchedules) wrong += wrong_sums_of_exchange({.slots = 1}, schedule);
+  EXPECT_GT(wrong, 0);
+}
+
+// What arrives in the phase before its own.
+TEST(SimtOrders, BarrierThatDoesNotAlternateIsAFaultInOneOrderAtLeast) {
+  EXPECT_EXIT(
+      {
+        for (const Schedule& schedule : kSchedules) {
+          wrong_sums_of_exchange({.barriers = 1, .parity = [](int round) { return round % 2; }}, schedule);
+        }
+      },
+      ExitedWithCode(kFailureStatus), "bytes have come in phase");
+}
+
+// It goes on without the data, or waits for a phase that does not begin. Right in some rounds, but not in all.
+TEST(SimtOrders, WaitForTheWrongParityShowsInEveryOrder) {
+  for (const Schedule& schedule : kSchedules) {
+    for (const auto parity : {+[](int) { return 0; }, +[](int) { return 1; }, +[](int round) { return round % 2; }}) {
+      EXPECT_EXIT(if (wrong_sums_of_exchange({.parity = parity}, schedule) > 0) fail("wrong sums"),
+                  ExitedWithCode(kFailureStatus), "wrong sums|waits for parity|deadlock|bytes .* in");
+    }
+  }
+}
+
+TEST(SimtOrders, MissingWaitForBytesShowsInEveryOrder) {
+  for (const Schedule& schedule : kSchedules) {
+    int sums = 0, late = 0;
+    launch(
+        {2, 2, 32, kTransactionBytes + 4},
+        [&] {
+          init_transaction_barriers();
+          if (lane() == 0) {
+            cuda::expect_bytes(transaction_barriers(), 4);
+            store_one(slots(), transaction_barriers(), 1 - cuda::cluster_rank(), 1.0f);
+          }
+          sums += warp_sum(slots()[0]) == 32.0f;
+          late += std::isnan(slots()[0]);
+          cuda::wait_for_bytes(transaction_barriers(), 0);
+        },
+        schedule);
+    EXPECT_EQ(sums, 0);
+    EXPECT_GT(late, 0);
+  }
+}
+
+// By the time it looks the second phase is over as well, and the third one looks to it like the first.
+TEST(SimtOrders, WaiterThatIsLappedWaitsForEver) {
+  for (const Order order : {Order::kForward, Order::kReverse}) {
+    EXPECT_EXIT(launch({1, 1, 2, kTransactionBytes + 4},
+                       [&] {
+                         init_transaction_barriers();
+                         if (cuda::thread_index() == 1) return cuda::wait_for_bytes(transaction_barriers(), 0);
+                         for (int phase = 0; phase < 2; ++phase) {
+                           cuda::expect_bytes(transaction_barriers(), 4);
+                           store_one(slots(), transaction_barriers(), 0, 1.0f);
+                           cuda::wait_for_bytes(transaction_barriers(), phase);
+                         }
+                       },
+                       {order}),
+                ExitedWithCode(kFailureStatus), "deadlock: of 1 .* 1 for bytes; .* phase 2, where 0 bytes");
+  }
+}
+
+TEST(SimtOrders, AsynchronousStoresArriveInTheOrderOfTheSchedule) {
+  const auto last_of_three = [](const Schedule& schedule) {
+    float last = 0.0f;
+    launch(
+        {1, 1, 1, kTransactionBytes + 4},
+        [&] {
+          init_transaction_barriers();
+          for (const float value : {1.0f, 2.0f, 3.0f}) store_one(slots(), transaction_barriers(), 0, value);
+          cuda::expect_bytes(transaction_barriers(), 12);
+          cuda::wait_for_bytes(transaction_barriers(), 0);
+          last = slots()[0];
+        },
+        schedule);
+    return last;
+  };
+  EXPECT_EQ(last_of_three({Order::kForward}), 3.0f);
+  EXPECT_EQ(last_of_three({Order::kReverse}), 1.0f);
+  bool seen[4] = {};
+  for (std::uint64_t seed = 0; seed < 16; ++seed) seen[static_cast<int>(last_of_three({Order::kRandom, seed}))] = true;
+  EXPECT_TRUE(seen[1] && seen[2] && seen[3]);
+}
+
 TEST(SimtOrders, ReverseOrderBeginsWithTheLastBlockAndThread) {
   for (const Order order : {Order::kForward, Order::kReverse}) {
     std::vector<int> ran;

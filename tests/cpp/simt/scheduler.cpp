@@ -58,17 +58,17 @@ class ReadyThreads {
     return lanes.threads[--lanes.count];
   }
 
- private:
-  struct Lanes {
-    Thread* threads[kWarpThreads];
-    int count = 0;
-  };
-
   // Knuth's linear congruential generator: its low bits are poor.
   unsigned draw(unsigned limit) {
     random_ = random_ * 6364136223846793005U + 1442695040888963407U;
     return static_cast<unsigned>((random_ >> 33) % limit);
   }
+
+ private:
+  struct Lanes {
+    Thread* threads[kWarpThreads];
+    int count = 0;
+  };
 
   Order order_ = Order::kForward;
   std::vector<Thread*> ring_;
@@ -95,14 +95,22 @@ Counters all_counters;
 Schedule chosen_schedule;
 
 [[noreturn]] void fail_deadlock() {
-  int in_warp = 0, at_barrier = 0, at_cluster = 0;
+  int in_warp = 0, at_barrier = 0, at_cluster = 0, for_bytes = 0;
+  const Thread* waits_for_bytes = nullptr;
   for (const auto& thread : threads) {
     in_warp += thread->state == State::kInWarp;
     at_barrier += thread->state == State::kAtBarrier;
     at_cluster += thread->state == State::kAtCluster;
+    if (thread->state != State::kForBytes) continue;
+    ++for_bytes;
+    if (waits_for_bytes == nullptr) waits_for_bytes = thread.get();
   }
-  fail("deadlock: of %d threads that have not left, %d wait in a warp operation, %d at a barrier, %d at the cluster's",
-       running.cluster.live, in_warp, at_barrier, at_cluster);
+  char bytes[160] = "";
+  if (waits_for_bytes != nullptr) describe_waiting(*waits_for_bytes, bytes, sizeof bytes);
+  fail(
+      "deadlock: of %d threads that have not left, %d wait in a warp operation, %d at a barrier, %d at the cluster's, "
+      "%d for bytes%s",
+      running.cluster.live, in_warp, at_barrier, at_cluster, for_bytes, bytes);
 }
 
 void go_on() {
@@ -207,6 +215,8 @@ void give_way() {
   make_ready(self());
   go_on();
 }
+
+unsigned draw(unsigned limit) { return ready_threads.draw(limit); }
 
 void fail(const char* format, ...) {
   std::fflush(stdout);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -15,7 +16,9 @@ namespace resnorm::simt {
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaxBarriers = 16;
 
-enum class State : std::uint8_t { kReady, kInWarp, kAtBarrier, kAtCluster, kLeft };
+enum class State : std::uint8_t { kReady, kInWarp, kAtBarrier, kAtCluster, kForBytes, kLeft };
+
+struct TransactionState;
 
 struct Thread {
   Fiber fiber;
@@ -24,10 +27,10 @@ struct Thread {
   int warp = 0;  // in the cluster
   int barrier_id = 0;
 
-  bool arrived_at_cluster = false;  // and has not waited yet
-  unsigned cluster_phase = 0;       // when it arrived
-  bool cluster_has_met = false;     // this thread knows that all blocks have started
-  bool stored_remotely = false;     // since it last arrived
+  bool arrived_at_cluster = false;                 // and has not waited yet
+  unsigned cluster_phase = 0;                      // when it arrived
+  unsigned cluster_passes = 0;                     // phases of the cluster's barrier that it knows to be over
+  const TransactionState* transactions = nullptr;  // what it waits for
 
   std::vector<Copy> copies;
   std::size_t copies_taken = 0;
@@ -48,6 +51,26 @@ struct Barrier {
   char tags[2] = {};
 };
 
+// What an asynchronous store brings, and where.
+struct Store {
+  unsigned char* to;
+  float values[4] = {};
+  int bytes;
+};
+
+// What a TransactionBarrier stands for. Its phase ends when all bytes are there and a thread waits for that, no
+// earlier: only then does anybody know that the stores have arrived. So the stores in flight are all of one phase.
+struct TransactionState {
+  unsigned char* at;
+  const Thread* initialised_by;
+  unsigned cluster_phase;  // who has passed this one of the cluster's barrier knows that it is initialised
+  unsigned phase = 0;
+  bool expects = false;  // somebody has said how many bytes
+  int expected = 0, come = 0;
+  std::vector<Store> stores;
+  char tags[2] = {};  // as above
+};
+
 struct Free {
   void operator()(unsigned char* memory) const { std::free(memory); }
 };
@@ -57,13 +80,13 @@ struct Block {
   Barrier barriers[kMaxBarriers];
   int live = 0;
   std::vector<Warp> warps;
+  std::deque<TransactionState> transactions;  // which do not move: their tags are known by their addresses
 };
 
 struct Cluster {
   std::vector<Block> blocks;
   int live = 0, arrived = 0;
   unsigned phase = 0;
-  char tags[2] = {};
 };
 
 Order current_order();
@@ -78,8 +101,12 @@ void make_ready(Thread& thread);
 void wait_as(State state);
 // Lets others go on.
 void give_way();
+// A number below `limit`, out of those that decide on a random order.
+unsigned draw(unsigned limit);
 
 // In operations.cpp: whether the thread may leave now.
 void check_leaving(Thread& thread);
+// In operations.cpp: the barrier whose bytes the thread waits for.
+void describe_waiting(const Thread& thread, char* text, std::size_t size);
 
 }  // namespace resnorm::simt

@@ -2,8 +2,9 @@
 // The primitives of primitives.cuh on the CPU, for kernels that are compiled by the host's compiler and run by
 // simt::launch. Where the device would do whatever it likes, these fail: see tests/cpp/simt/simt_test.cpp.
 //
-// They order memory as little as CUDA promises. A shuffle orders nothing, barriers do, and an asynchronous copy is made
-// as late as it may be: when the thread that issued it waits. Until then its destination is NaN.
+// They order memory as little as CUDA promises. A shuffle orders nothing, nor does the cluster's barrier, but the other
+// barriers do. An asynchronous copy is made as late as it may be: when the thread that issued it waits; an asynchronous
+// store when a thread of the block that gets it waits. Until then its destination is NaN.
 #pragma once
 
 #include <bit>
@@ -46,12 +47,19 @@ inline int cluster_blocks() { return simt::current_launch().cluster; }
 inline void cluster_arrive() { simt::arrive_at_cluster(); }
 inline void cluster_wait() { simt::wait_for_cluster(); }
 
-inline void store_remote(float* at, int rank, float value) {
-  *static_cast<float*>(simt::remote_address(at, sizeof value, rank)) = value;
+// What is in it is the emulation's own affair: see operations.cpp.
+struct TransactionBarrier {
+  std::uint64_t state;
+};
+
+inline void init_barrier(TransactionBarrier* barrier) { simt::init_barrier(barrier); }
+inline void expect_bytes(TransactionBarrier* barrier, int bytes) { simt::expect_bytes(barrier, bytes); }
+template <int kCount>
+void store_async(float* at, TransactionBarrier* barrier, int rank, const float (&values)[kCount]) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "there are no other vectors");
+  simt::store_async(at, barrier, rank, values, kCount);
 }
-inline void store_remote(double* at, int rank, double value) {
-  *static_cast<double*>(simt::remote_address(at, sizeof value, rank)) = value;
-}
+inline void wait_for_bytes(TransactionBarrier* barrier, int parity) { simt::wait_for_bytes(barrier, parity); }
 
 // Copies, because the words were written as numbers of another type.
 template <class Words>

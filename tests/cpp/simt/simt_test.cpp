@@ -138,36 +138,54 @@ TEST_P(Simt, AsynchronousCopiesInStages) {
   }
 }
 
-TEST_P(Simt, ClusterExchange) {
-  constexpr int kCluster = 4, kGrid = 8;
-  std::vector<float> sums(kGrid * 32);
-  std::vector<double> wide_sums(kGrid * 32);
-  run({kGrid, kCluster, 32, kCluster * (sizeof(float) + sizeof(double))}, [&] {
-    auto* const wide = reinterpret_cast<double*>(cuda::shared_memory());
-    auto* const narrow = reinterpret_cast<float*>(wide + kCluster);
-    const int rank = cuda::cluster_rank();
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (lane() < kCluster) {
-      cuda::store_remote(narrow + rank, lane(), static_cast<float>(cuda::block_index()));
-      cuda::store_remote(wide + rank, lane(), cuda::block_index() + 0x1p-40);
-    }
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    sums[cuda::block_index() * 32 + lane()] = warp_sum(lane() < kCluster ? narrow[lane()] : 0.0f);
-    wide_sums[cuda::block_index() * 32 + lane()] = warp_sum(lane() < kCluster ? wide[lane()] : 0.0);
-  });
-  for (int i = 0; i < kGrid * 32; ++i) {
-    EXPECT_EQ(sums[i], i < 128 ? 6.0f : 22.0f);
-    EXPECT_EQ(wide_sums[i], (i < 128 ? 6.0 : 22.0) + 0x1p-38);
+// The sums of a row in each round, which every warp tells every block. Barriers and slots take turns: who is in one
+// round knows that all have read what came in the round before the last one.
+template <int kCount>
+void exchange_in_clusters(const Schedule& schedule) {
+  constexpr int kGrid = 8, kCluster = 4, kWarps = 2, kRounds = 5, kSlots = kCluster * kWarps;
+  std::vector<float> sums(kRounds * kGrid * kWarps * 32);
+  launch(
+      {kGrid, kCluster, 32 * kWarps, kTransactionBytes + 2 * kSlots * kCount * static_cast<int>(sizeof(float))},
+      [&] {
+        init_transaction_barriers();
+        for (int round = 0; round < kRounds; ++round) {
+          auto* const barrier = transaction_barriers() + round % 2;
+          float* const slot = slots() + round % 2 * kSlots * kCount;
+          if (cuda::thread_index() == 0) cuda::expect_bytes(barrier, kSlots * kCount * sizeof(float));
+          cuda::warp_barrier();  // all lanes have read the slots, before one of them says so
+          if (lane() < kCluster) {
+            float values[kCount];
+            for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(cuda::block_index() + 10 * round + i);
+            cuda::store_async(slot + (cuda::cluster_rank() * kWarps + warp()) * kCount, barrier, lane(), values);
+          }
+          cuda::wait_for_bytes(barrier, round / 2 % 2);
+          float sum = 0.0f;
+          for (int i = 0; i < kCount; ++i) sum += warp_sum(lane() < kSlots ? slot[lane() * kCount + i] : 0.0f);
+          sums[(round * kGrid + cuda::block_index()) * 32 * kWarps + cuda::thread_index()] = sum;
+        }
+      },
+      schedule);
+  for (int i = 0; i < static_cast<int>(sums.size()); ++i) {
+    const int block = i / (32 * kWarps) % kGrid, round = i / (32 * kWarps * kGrid);
+    const int ranks = block < kCluster ? 0 + 1 + 2 + 3 : 4 + 5 + 6 + 7;
+    const int expected = kCount * kWarps * (ranks + kCluster * 10 * round) + kSlots * kCount * (kCount - 1) / 2;
+    ASSERT_EQ(sums[i], static_cast<float>(expected)) << "block " << block << ", round " << round;
   }
+}
+
+TEST_P(Simt, ClusterExchange) {
+  exchange_in_clusters<1>(GetParam());
+  exchange_in_clusters<2>(GetParam());
+  exchange_in_clusters<4>(GetParam());
 }
 
 TEST_P(Simt, CountersTellBytesAndCalls) {
   auto input = consecutive(4 * 64), output = consecutive(4 * 64);
   counters() = {};
-  run({2, 1, 32, 32 * 16}, [&] {
+  run({2, 1, 32, 32 * 16 + kTransactionBytes}, [&] {
     const int at = 4 * (32 * cuda::block_index() + lane());
+    auto* const barrier = reinterpret_cast<cuda::TransactionBarrier*>(cuda::shared_memory() + 32 * 16);
+    if (lane() == 0) cuda::init_barrier(barrier);
     cuda::async_copy16(shared_floats() + 4 * lane(), input.data() + at);
     cuda::async_commit();
     cuda::async_wait<0>();
@@ -178,6 +196,9 @@ TEST_P(Simt, CountersTellBytesAndCalls) {
     cuda::barrier(0, 32);
     cuda::cluster_arrive();
     cuda::cluster_wait();
+    if (lane() == 0) cuda::expect_bytes(barrier, 16 * 16);
+    if (lane() < 16) cuda::store_async(shared_floats() + 4 * lane(), barrier, 0, {1.0f, 2.0f, 3.0f, 4.0f});
+    cuda::wait_for_bytes(barrier, 0);
     cuda::store(output.data() + at, words);
     cuda::store(output.data() + at, std::uint16_t{1});
   });
@@ -189,6 +210,7 @@ TEST_P(Simt, CountersTellBytesAndCalls) {
   EXPECT_EQ(counters().shuffles, 64);
   EXPECT_EQ(counters().barriers, 64);
   EXPECT_EQ(counters().cluster_barriers, 64);
+  EXPECT_EQ(counters().asynchronous_stores, 2 * 16);
 }
 
 TEST_P(Simt, SharedMemoryIsNaNUntilWritten) {
@@ -233,6 +255,95 @@ TEST_P(Simt, AsynchronousCopyIsLateAndLeavesNaN) {
     cuda::async_wait<1>();
     EXPECT_EQ(shared_floats()[0], 1.0f);
   });
+}
+
+// As late as the block that gets it lets it be. To come before they are expected is what the bytes may do.
+TEST_P(Simt, AsynchronousStoreIsLateAndLeavesNaN) {
+  run({1, 1, 1, kTransactionBytes + 16}, [] {
+    init_transaction_barriers();
+    for (int i = 0; i < 4; ++i) slots()[i] = 7.0f;
+    auto* const barrier = transaction_barriers();
+    cuda::store_async(slots(), barrier, 0, {1.0f, 2.0f});
+    EXPECT_TRUE(std::isnan(slots()[0]) && std::isnan(slots()[1])) << "before they are expected";
+    EXPECT_EQ(slots()[2], 7.0f);
+    cuda::expect_bytes(barrier, 12);
+    store_one(slots() + 2, barrier, 0, 3.0f);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(std::isnan(slots()[i])) << "before the wait";
+    cuda::wait_for_bytes(barrier, 0);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(slots()[i], 1.0f + static_cast<float>(i));
+    EXPECT_EQ(slots()[3], 7.0f);
+    cuda::wait_for_bytes(barrier, 0);  // of a phase that is over
+  });
+}
+
+TEST_P(Simt, AsynchronousStoresOfAnotherBarrierStayInFlight) {
+  run({1, 1, 1, kTransactionBytes + 4}, [] {
+    init_transaction_barriers();
+    for (int i = 0; i < 2; ++i) {
+      store_one(slots(), transaction_barriers() + i, 0, 1.0f + static_cast<float>(i));
+      cuda::expect_bytes(transaction_barriers() + i, 4);
+    }
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+    EXPECT_TRUE(std::isnan(slots()[0]));
+    cuda::wait_for_bytes(transaction_barriers() + 1, 0);
+    EXPECT_EQ(slots()[0], 2.0f);
+  });
+}
+
+TEST_P(Simt, PhasesOfOneBarrierTakeTurnsInParity) {
+  run({1, 1, 1, kTransactionBytes + 4}, [] {
+    init_transaction_barriers();
+    cuda::wait_for_bytes(transaction_barriers(), 1);  // as if a phase had been before the first one
+    for (int phase = 0; phase < 5; ++phase) {
+      cuda::expect_bytes(transaction_barriers(), 4);
+      store_one(slots(), transaction_barriers(), 0, static_cast<float>(phase));
+      cuda::wait_for_bytes(transaction_barriers(), phase % 2);
+      EXPECT_EQ(slots()[0], static_cast<float>(phase));
+    }
+    cuda::expect_bytes(transaction_barriers(), 0);  // all bytes are there
+    cuda::wait_for_bytes(transaction_barriers(), 1);
+  });
+}
+
+// What was sent arrives all the same, where some thread of the other block waits for it.
+TEST_P(Simt, SenderMayLeaveWithoutWaiting) {
+  constexpr int kCluster = 3;
+  std::vector<float> results(16, 0.0f);
+  run({kCluster, kCluster, 32, kTransactionBytes + kCluster * 4}, [&] {
+    init_transaction_barriers();
+    if (cuda::cluster_rank() != 0) {
+      if (lane() == 0) store_one(slots() + cuda::cluster_rank(), transaction_barriers(), 0, 5.0f);
+      return;
+    }
+    if (lane() == 7) cuda::expect_bytes(transaction_barriers(), 2 * 4);
+    if (lane() >= 16) return;
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+    results[lane()] = slots()[1] + slots()[2];
+  });
+  for (const float result : results) EXPECT_EQ(result, 10.0f);
+}
+
+// Who waits sees as well what the others did before they sent and before they expected.
+TEST_P(Simt, WaitForBytesOrdersMemory) {
+  Buffer<float> sent(1), expected(1);
+  std::vector<float> results(64, 0.0f);
+  run({2, 2, 64, kTransactionBytes + 4}, [&] {
+    init_transaction_barriers();
+    if (cuda::cluster_rank() == 0) {
+      if (cuda::thread_index() == 0) {
+        sent[0] = 1.0f;
+        store_one(slots(), transaction_barriers(), 1, 2.0f);
+      }
+    } else {
+      if (cuda::thread_index() == 63) {
+        expected[0] = 3.0f;
+        cuda::expect_bytes(transaction_barriers(), 4);
+      }
+      cuda::wait_for_bytes(transaction_barriers(), 0);
+      results[cuda::thread_index()] = sent[0] + slots()[0] + expected[0];
+    }
+  });
+  for (const float result : results) EXPECT_EQ(result, 6.0f);
 }
 
 }  // namespace

@@ -26,6 +26,28 @@ inline int lane() { return cuda::thread_index() % 32; }
 inline int warp() { return cuda::thread_index() / 32; }
 inline float* shared_floats() { return reinterpret_cast<float*>(cuda::shared_memory()); }
 
+// Two at the start of shared memory, and what comes behind them.
+inline cuda::TransactionBarrier* transaction_barriers() {
+  return reinterpret_cast<cuda::TransactionBarrier*>(cuda::shared_memory());
+}
+inline constexpr int kTransactionBytes = 2 * sizeof(cuda::TransactionBarrier);
+inline float* slots() { return reinterpret_cast<float*>(cuda::shared_memory() + kTransactionBytes); }
+
+// Every thread calls it, at the start.
+inline void init_transaction_barriers() {
+  if (cuda::thread_index() == 0) {
+    cuda::init_barrier(transaction_barriers());
+    cuda::init_barrier(transaction_barriers() + 1);
+  }
+  cuda::cluster_arrive();
+  cuda::cluster_wait();
+}
+
+inline void store_one(float* at, cuda::TransactionBarrier* barrier, int rank, float value) {
+  const float values[1] = {value};
+  cuda::store_async(at, barrier, rank, values);
+}
+
 template <class T>
 T warp_sum(T value) {
   for (int distance = 16; distance > 0; distance /= 2) value += cuda::shuffle_xor(value, distance);

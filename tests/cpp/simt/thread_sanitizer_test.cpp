@@ -123,27 +123,110 @@ TEST_P(SimtRace, MissingWarpBarrierBehindAWarpBarrier) {
   });
 }
 
-TEST_P(SimtRace, MissingClusterBarrierBehindAClusterBarrier) {
-  expect_race({2, 2, 32, 256}, [] {
+TEST_P(SimtRace, ClusterBarrierOrdersNothing) {
+  Buffer<float> output(1);
+  expect_race({2, 2, 32, 0}, [&] {
+    if (cuda::block_index() == 0 && lane() == 0) output[0] = 1.0f;
     cuda::cluster_arrive();
     cuda::cluster_wait();
-    for (int round = 0; round < 2; ++round) {
-      if (cuda::cluster_rank() == 0 && lane() == 0) cuda::store_remote(shared_floats(), 1, 1.0f);
-      cuda::cluster_arrive();
-      cuda::cluster_wait();
-      if (cuda::cluster_rank() == 1 && lane() == 0) shared_floats()[32] = shared_floats()[0];
+    if (cuda::block_index() == 1) warp_sum(output[0]);
+  });
+}
+
+TEST_P(SimtRace, AsynchronousStoreReadWithoutAWait) {
+  expect_race({2, 2, 32, kTransactionBytes + 4}, [] {
+    init_transaction_barriers();
+    if (lane() == 0) {
+      cuda::expect_bytes(transaction_barriers(), 4);
+      store_one(slots(), transaction_barriers(), 1 - cuda::cluster_rank(), 1.0f);
+    }
+    warp_sum(slots()[0]);
+    cuda::wait_for_bytes(transaction_barriers(), 0);
+  });
+  // And where another thread alone waits.
+  expect_race({2, 2, 64, kTransactionBytes + 4}, [] {
+    init_transaction_barriers();
+    if (lane() == 0 && warp() == 0) {
+      cuda::expect_bytes(transaction_barriers(), 4);
+      store_one(slots(), transaction_barriers(), 1 - cuda::cluster_rank(), 1.0f);
+    }
+    if (warp() == 0) cuda::wait_for_bytes(transaction_barriers(), 0);
+    warp_sum(slots()[0]);
+  });
+}
+
+// The phase of the wrong parity is over already, so nobody waits for the one that has begun.
+TEST_P(SimtRace, AsynchronousStoreReadAfterAWaitForTheWrongParity) {
+  expect_race({2, 2, 32, kTransactionBytes + 4}, [] {
+    init_transaction_barriers();
+    if (cuda::cluster_rank() == 0) {
+      if (lane() == 0) store_one(slots(), transaction_barriers(), 1, 1.0f);
+    } else {
+      cuda::wait_for_bytes(transaction_barriers(), 1);
+      warp_sum(slots()[0]);
+      if (lane() == 0) cuda::expect_bytes(transaction_barriers(), 4);
+      cuda::wait_for_bytes(transaction_barriers(), 0);
     }
   });
 }
 
-TEST_P(SimtRace, RemoteStoreReadWithoutTheSecondClusterBarrier) {
-  expect_race({2, 2, 32, 4}, [] {
-    cuda::cluster_arrive();
-    cuda::cluster_wait();
-    if (lane() == 0) cuda::store_remote(shared_floats(), 1 - cuda::cluster_rank(), 1.0f);
-    cuda::cluster_arrive();
-    warp_sum(shared_floats()[0]);
-    cuda::cluster_wait();
+// Two blocks, whose barriers take turns.
+template <bool kMeet>
+void exchange(int slots_in_turn) {
+  init_transaction_barriers();
+  for (int round = 0; round < 4; ++round) {
+    auto* const barrier = transaction_barriers() + round % 2;
+    float* const slot = slots() + round % slots_in_turn * 2;
+    if (lane() == 0) cuda::expect_bytes(barrier, 2 * 4);
+    if constexpr (kMeet) cuda::warp_barrier();
+    const float value = warp_sum(1.0f);
+    if (lane() < 2) store_one(slot + cuda::cluster_rank(), barrier, lane(), value);
+    cuda::wait_for_bytes(barrier, round / 2 % 2);
+    warp_sum(slot[lane() % 2]);
+  }
+}
+
+TEST_P(SimtRace, SlotOfAsynchronousStoresThatDoesNotAlternate) {
+  run({2, 2, 32, kTransactionBytes + 16}, [] { exchange<true>(2); });
+  expect_race({2, 2, 32, kTransactionBytes + 16}, [] { exchange<true>(1); });
+}
+
+// That all lanes have read their slots is what the other block takes the store of one lane for. A shuffle before it
+// is not enough.
+TEST_P(SimtRace, ShuffleOrdersNoReadsBeforeAnAsynchronousStore) {
+  expect_race({2, 2, 32, kTransactionBytes + 16}, [] { exchange<false>(2); });
+}
+
+// What is written between two phases is not for threads that have waited for the first one alone, late as they may be.
+TEST_P(SimtRace, LateWaiterOfTheLastPhaseKnowsNothingOfThisOne) {
+  Buffer<float> output(2);
+  expect_race({2, 2, 64, kTransactionBytes + 4}, [&] {
+    auto* const barrier = transaction_barriers();
+    init_transaction_barriers();
+    const int thread = cuda::thread_index();
+    if (cuda::cluster_rank() == 0) {
+      if (thread != 0) return;
+      store_one(slots(), barrier, 1, 1.0f);
+      cuda::expect_bytes(barrier, 4);
+      cuda::wait_for_bytes(barrier, 0);
+      output[0] = 1.0f;
+      store_one(slots(), barrier, 1, 1.0f);
+    } else {
+      if (thread == 0) {
+        cuda::expect_bytes(barrier, 4);
+        cuda::wait_for_bytes(barrier, 0);
+        store_one(slots(), barrier, 0, 1.0f);
+      }
+      if (thread == 32) {
+        cuda::wait_for_bytes(barrier, 0);
+        output[1] = output[0];
+      }
+      cuda::barrier(0, 64);
+      if (thread == 0) {
+        cuda::expect_bytes(barrier, 4);
+        cuda::wait_for_bytes(barrier, 1);
+      }
+    }
   });
 }
 
