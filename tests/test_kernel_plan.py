@@ -22,10 +22,11 @@ def plan(kernel: str, columns: int, dtype: torch.dtype, **options) -> dict:
         (256, {"row_threads": 8, "vectors_per_thread": 4}),
         (768, {"row_threads": 32, "vectors_per_thread": 3}),
         (1024, {"row_threads": 32, "vectors_per_thread": 4}),
-        (4096, {"row_threads": 256, "vectors_per_thread": 2}),
-        (16384, {"row_threads": 1024, "cluster": 1}),
-        (32768, {"row_threads": 1024, "cluster": 2}),
-        (131072, {"row_threads": 1024, "cluster": 8}),
+        (4096, {"row_threads": 128, "vectors_per_thread": 4}),
+        (16384, {"row_threads": 512, "cluster": 1}),
+        (20480, {"row_threads": 320, "cluster": 2}),
+        (32768, {"row_threads": 512, "cluster": 2}),
+        (131072, {"row_threads": 512, "cluster": 8}),
         (131080, {"generic": True}),
     ],
 )
@@ -45,6 +46,26 @@ def test_a_plan_covers_the_row(kernel: str, dtype: torch.dtype, columns: int, re
     assert not actual["generic"] and held >= columns
     assert actual["shifted"] == (columns % vector != 0)
     assert actual["threads"] % actual["row_threads"] == 0
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("options", [{}, {"residual_dtype": torch.float32}, {"aligned": False}])
+def test_two_blocks_run_at_once_where_four_vectors_fit_a_thread(architecture: int, options: dict):
+    actual = plan("norm_forward", 16000, torch.bfloat16, architecture=architecture, **options)
+    four = architecture < 100 and not options
+    assert (actual["vectors_per_thread"], actual["threads"]) == ((4, 512) if four else (2, 1024))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["norm_forward", "norm_backward"])
+def test_blocks_of_a_cluster_share_a_row_evenly(kernel: str, dtype: torch.dtype):
+    """No more idle threads than the last vectors of the last warps leave."""
+    vector = 16 // dtype.itemsize
+    for columns in range(8192 * 2 // dtype.itemsize, 65536, 1024):
+        actual = plan(kernel, columns, dtype, architecture=90)
+        if actual["cluster"] > 1:
+            held = actual["threads"] * actual["vectors_per_thread"] * actual["cluster"] * vector
+            assert held - columns < 32 * actual["vectors_per_thread"] * actual["cluster"] * vector
 
 
 def test_clusters_are_for_architectures_that_have_them():

@@ -21,24 +21,30 @@ template <class Arguments>
 struct Kernel {
   cudaError_t (*launch)(const LaunchShape& shape, cudaStream_t stream, const Arguments& arguments) = nullptr;
   // How many clusters of this shape the device runs at once, whatever shape.blocks says.
-  cudaError_t (*count_resident_clusters)(const LaunchShape& shape, const Device& device, int& clusters) = nullptr;
+  cudaError_t (*count_resident_clusters)(LaunchShape shape, const Device& device, int& clusters) = nullptr;
 };
 
 #ifdef __CUDACC__
+// Reported by its caller, so the runtime is to forget it: else the next kernel, of anybody, would find it.
+inline cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
 // A kernel has 48 KiB of shared memory unless it asks for more; asking once for all that there is costs later launches
 // nothing.
 template <auto kernel>
 cudaError_t grant_shared_memory(int bytes) {
   constexpr int kGrantedBytes = 48 << 10;
   if (bytes <= kGrantedBytes) return cudaSuccess;
-  static std::atomic<std::uint64_t> granted{0};  // one bit a device
+  constexpr int kDevices = 64;  // one beyond them is asked every time
+  static std::atomic<bool> granted[kDevices] = {};
   int device = 0, most = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const auto bit = std::uint64_t{1} << (device % 64);
-  if (device < 64 && (granted.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  if (device < kDevices && granted[device].load(std::memory_order_relaxed)) return cudaSuccess;
   auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess) granted.fetch_or(bit, std::memory_order_relaxed);
+  if (error == cudaSuccess && device < kDevices) granted[device].store(true, std::memory_order_relaxed);
   return error;
 }
 
@@ -61,16 +67,17 @@ struct LaunchConfig : cudaLaunchConfig_t {
 
 template <auto kernel, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
-  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return error;
+  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return cleared(error);
   const LaunchConfig config(shape, stream);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return cleared(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 template <auto kernel>
-cudaError_t count_resident_clusters(const LaunchShape& shape, const Device&, int& clusters) {
-  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return error;
+cudaError_t count_resident_clusters(LaunchShape shape, const Device&, int& clusters) {
+  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return cleared(error);
+  shape.blocks = shape.cluster;  // the driver refuses a grid that is no multiple of it
   const LaunchConfig config(shape, nullptr);
-  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  return cleared(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
 }
 #else
 template <auto kernel, class... Arguments>
@@ -80,7 +87,7 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t, const Arguments&... a
 }
 
 template <auto kernel>
-cudaError_t count_resident_clusters(const LaunchShape& shape, const Device& device, int& clusters) {
+cudaError_t count_resident_clusters(LaunchShape shape, const Device& device, int& clusters) {
   clusters = device.multiprocessors / shape.cluster;
   return cudaSuccess;
 }

@@ -61,10 +61,10 @@ bool is_float64(const NormBackward& a) {
 }
 
 LaunchShape shape_of(const NormBackward& a, const Plan& plan) {
-  const int slots =
-      plan.groups() * 2 * RowGroup<0, true>::slot_size(plan.row_threads, plan.cluster, backward_row_sums(a.centered));
+  const int slots = plan.groups() * 2 * slot_size_of(plan, backward_row_sums(a.centered));
   return {plan.row_subsets * plan.cluster, plan.cluster, plan.threads,
-          staging_of(plan, vector_of(a), row_bytes_of(a)).total_bytes + slots * static_cast<int>(sizeof(float))};
+          staging_of(plan, vector_of(a), row_bytes_of(a)).total_bytes + backward_barrier_bytes(plan.cluster > 1) +
+              slots * static_cast<int>(sizeof(float))};
 }
 
 Plan generic_plan(const NormBackward& a, const Device& device) {

@@ -11,7 +11,7 @@
 // Persistent blocks, cut into groups of threads that share a row. A thread owns the same columns of every row, so the
 // columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kBackwardStages rounds
 // ahead. What is staged is private: a thread reads only what it copied itself, so no barrier orders it, and refills it
-// as soon as its results are written. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
+// as soon as it is not read again. Mean, rstd and weights are asked for before the wait for a row. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
 // as far as present) + rows * (mean and rstd, as far as present) + the partial sums.
 //
 // Where rows do not start at multiples of a vector, those of one block are kVector rows apart: all of them start at the
@@ -49,12 +49,12 @@ class StagedRow {
  public:
   static constexpr int kBytes = kItems * kVector * static_cast<int>(sizeof(T));  // a thread, a stage
 
-  // `staged` is this operand's piece of shared memory in one stage, kBytes for each thread of the block. kShifted: the
-  // vector may reach beyond the row; one that does is put together here and now.
+  // `staged` is this operand's piece of shared memory in one stage, kBytes for each thread of the block; `from` points
+  // at `column`. kShifted: the vector may reach beyond the row; one that does is put together here and now.
   template <bool kShifted>
-  static RESNORM_DEVICE void fetch(unsigned char* staged, const T* row, int column, int cols, int item) {
+  static RESNORM_DEVICE void fetch(unsigned char* staged, const T* from, int column, int cols, int item) {
     if (kShifted && (column < 0 || column + kVector > cols)) {
-      const auto vector = load_vector<T, kVector, true>(row, column, cols);
+      const auto vector = load_vector<T, kVector, true>(from, column, cols);
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
         Words<16> words;
@@ -66,11 +66,11 @@ class StagedRow {
     }
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      async_copy16(at(staged, item, quad), reinterpret_cast<const char*>(row + column) + 16 * quad);
+      async_copy16(at(staged, item, quad), reinterpret_cast<const char*>(from) + 16 * quad);
     }
   }
 
-  static RESNORM_DEVICE void read(unsigned char* staged, int item, float (&values)[kVector]) {
+  static RESNORM_DEVICE Words<kVector * sizeof(T)> read(unsigned char* staged, int item) {
     Words<kVector * sizeof(T)> words;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -78,6 +78,10 @@ class StagedRow {
 #pragma unroll
       for (int i = 0; i < 4; ++i) words.word[4 * quad + i] = loaded.word[i];
     }
+    return words;
+  }
+
+  static RESNORM_DEVICE void unpack(const Words<kVector * sizeof(T)>& words, float (&values)[kVector]) {
     ElementWords<T>::template unpack<kVector>(words, values);
   }
 
@@ -88,6 +92,24 @@ class StagedRow {
   static RESNORM_DEVICE unsigned char* at(unsigned char* staged, int item, int quad) {
     return staged + ((item * kQuads + quad) * block_threads() + thread_index()) * 16;
   }
+};
+
+// Where a thread's columns of a matrix begin, row after row. kMoves: the pointer moves on, which takes registers; else
+// it is computed from the row.
+template <class T, bool kMoves>
+class RowPointer {
+ public:
+  RESNORM_DEVICE RowPointer(T* matrix, std::int64_t stride, std::int64_t row, int column)
+      : matrix_(kMoves ? matrix + row * stride + column : matrix) {}
+  RESNORM_DEVICE T* at(std::int64_t stride, std::int64_t row, int column) const {
+    return kMoves ? matrix_ : matrix_ + row * stride + column;
+  }
+  RESNORM_DEVICE void move(std::int64_t elements) {
+    if constexpr (kMoves) matrix_ += elements;
+  }
+
+ private:
+  T* matrix_;
 };
 
 // kWarpRow: a row's threads are one warp; else `row_threads`, a multiple of 32, of each block of the cluster.
@@ -102,6 +124,9 @@ norm_backward(const NormBackwardArguments a) {
   using Sum = typename Types::Sum;
   using StagedX = StagedRow<Sum, kVector, kItems>;
   using StagedGradient = StagedRow<Gradient, kVector, kItems>;
+  // What the first sweep over a row has read is kept for the second where that does not spill: all, or x and the
+  // weighted gradient.
+  constexpr bool kKeeps = !kAdds, kKeepsGradient = kKeeps && sizeof(Gradient) == 2;
   constexpr int kSums = backward_column_sums(kCentered, kInputBias), kRowSums = backward_row_sums(kCentered);
   const int row_threads = kWarpRow ? 32 : kCluster ? block_threads() : a.row_threads;
   const int groups = kCluster ? 1 : block_threads() / row_threads;
@@ -123,64 +148,122 @@ norm_backward(const NormBackwardArguments a) {
   const auto staged_grad_sum = [&](int stage) {
     return staged_gradient(stage) + StagedGradient::kBytes * block_threads();
   };
+  // Behind the stages in a cluster two barriers, then the slots, two a group.
   const int slot_size = decltype(group)::slot_size(row_threads, blocks, kRowSums);
-  float* const slots = reinterpret_cast<float*>(shared_memory() + a.staged_bytes) + group_index * 2 * slot_size;
+  auto* const barriers = reinterpret_cast<TransactionBarrier*>(shared_memory() + a.staged_bytes);
+  float* const slots = reinterpret_cast<float*>(shared_memory() + a.staged_bytes + backward_barrier_bytes(kCluster)) +
+                       group_index * 2 * slot_size;
+  if constexpr (kCluster) {
+    if (thread_index() == 0) {
+      init_barrier(barriers);
+      init_barrier(barriers + 1);
+    }
+    cluster_arrive();
+  }
 
-  const auto column_of = [&](int i) { return first_column + i * step + group.thread * kVector; };
-  const auto fetch = [&](std::int64_t row, int stage, int i) {
-    const int column = column_of(i);
-    if (row >= a.rows || column >= a.cols) return;
-    const auto* x = static_cast<const Sum*>(a.x) + row * a.x_stride;
-    StagedX::template fetch<kShifted>(staged_x(stage), x, column, a.cols, i);
-    const auto* gradient = static_cast<const Gradient*>(a.grad_output) + row * a.grad_output_stride;
-    StagedGradient::template fetch<kShifted>(staged_gradient(stage), gradient, column, a.cols, i);
-    if (!has_grad_sum) return;
-    const auto* grad_sum = static_cast<const Sum*>(a.grad_sum) + row * a.grad_sum_stride;
-    StagedX::template fetch<kShifted>(staged_grad_sum(stage), grad_sum, column, a.cols, i);
+  const int thread_column = first_column + group.thread * kVector;
+  const auto column_of = [&](int i) { return thread_column + i * step; };
+  const auto is_inside = [&](int i) { return column_of(i) < a.cols; };
+
+  std::int64_t row = subset_row + group_index * kApart;
+  constexpr bool kMoves = !kDrops && !kInputBias;  // with those there are no registers left
+  const auto pointer_to = [&]<class T>(T* matrix, std::int64_t stride) {
+    return RowPointer<T, kMoves>(matrix, stride, row, thread_column);
   };
-
-  if constexpr (kCluster) cluster_arrive();  // nobody may write into a block that has not started
-#pragma unroll
-  for (int stage = 0; stage < kBackwardStages; ++stage) {
+  auto x_rows = pointer_to(static_cast<const Sum*>(a.x), a.x_stride);
+  auto gradient_rows = pointer_to(static_cast<const Gradient*>(a.grad_output), a.grad_output_stride);
+  auto grad_sum_rows = pointer_to(static_cast<const Sum*>(a.grad_sum), a.grad_sum_stride);
+  auto grad_input_rows = pointer_to(static_cast<Gradient*>(a.grad_input), a.grad_input_stride);
+  auto grad_residual_rows = pointer_to(static_cast<Residual*>(a.grad_residual), a.grad_residual_stride);
+  const auto fetch = [&](std::int64_t from_row, int stage) {
+    const auto* x = x_rows.at(a.x_stride, from_row, thread_column);
+    const auto* gradient = gradient_rows.at(a.grad_output_stride, from_row, thread_column);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      fetch(subset_row + group_index * kApart + stage * row_step, stage, i);
+      if (from_row >= a.rows || !is_inside(i)) continue;
+      StagedX::template fetch<kShifted>(staged_x(stage), x + i * step, column_of(i), a.cols, i);
+      StagedGradient::template fetch<kShifted>(staged_gradient(stage), gradient + i * step, column_of(i), a.cols, i);
     }
+    x_rows.move(row_step * a.x_stride);
+    gradient_rows.move(row_step * a.grad_output_stride);
+  };
+  const auto fetch_grad_sum = [&](std::int64_t from_row, int stage) {
+    if (!has_grad_sum) return;
+    const auto* grad_sum = grad_sum_rows.at(a.grad_sum_stride, from_row, thread_column);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (from_row >= a.rows || !is_inside(i)) continue;
+      StagedX::template fetch<kShifted>(staged_grad_sum(stage), grad_sum + i * step, column_of(i), a.cols, i);
+    }
+    grad_sum_rows.move(row_step * a.grad_sum_stride);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kBackwardStages; ++stage) {
+    fetch(row + stage * row_step, stage);
+    fetch_grad_sum(row + stage * row_step, stage);
     async_commit();
   }
-  const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
+  constexpr bool kReloadsSeed = kDrops && kInputBias && sizeof(Gradient) == 2;  // it would spill
+  std::uint64_t seed = kDrops && !kReloadsSeed ? static_cast<std::uint64_t>(*a.seed) : 0;
   if constexpr (kCluster) cluster_wait();
 
   float sums[kSums][kItems][kVector] = {};
-  int stage = 0;  // the slots of row sums are taken in turns as the stages are
+  int stage = 0, parity = 0;  // the slots of row sums are taken in turns as the stages are
   static_assert(kBackwardStages == 2);
+  float next_mean = 0.0F, next_rstd = 0.0F;
+  const auto fetch_statistics = [&](std::int64_t of_row) {
+    const bool live = of_row < a.rows;
+    if (kCentered && live) next_mean = a.mean[of_row];
+    if (live) next_rstd = a.rstd[of_row];
+  };
+  if constexpr (kMoves) fetch_statistics(row);
   // The same number of rounds for all groups, also for one that has no row in the last: on sm_100 a loop over a group's
   // own rows spills.
-  for (std::int64_t first_row = subset_row; first_row < a.rows; first_row += row_step) {
-    const std::int64_t row = first_row + group_index * kApart;
+  for (std::int64_t first_row = subset_row; first_row < a.rows; first_row += row_step, row += row_step) {
     const bool live = row < a.rows;
-    const float mean = kCentered && live ? a.mean[row] : 0.0F, rstd = live ? a.rstd[row] : 0.0F;
-    const auto read = [&](int i, float (&x)[kVector], float (&gradient)[kVector], float (&weighted)[kVector]) {
-      StagedX::read(staged_x(stage), i, x);
-      StagedGradient::read(staged_gradient(stage), i, gradient);
+    const std::int64_t later_row = row + kBackwardStages * row_step;  // whose data take the places of this one's
+    if constexpr (!kMoves) fetch_statistics(row);
+    const float mean = kCentered ? next_mean : 0.0F, rstd = next_rstd;
+    if constexpr (kMoves) fetch_statistics(row + row_step);  // a round ahead: so they have come when they are needed
+    Words<kVector * sizeof(Gradient)> weight_words[kKeeps ? kItems : 1];  // anew each time: kept, they would spill
+    const bool has_weight_words = kKeeps && !kShifted && a.weight != nullptr && !a.float32_parameters;
+    if (has_weight_words) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (!is_inside(i)) continue;
+        const auto* weight = static_cast<const Gradient*>(a.weight) + column_of(i);
+        weight_words[kKeeps ? i : 0] = load_kept<Words<kVector * sizeof(Gradient)>>(weight);
+      }
+    }
+    const auto read = [&](int i, float (&x)[kVector], float (&weighted)[kVector]) {
+      StagedX::unpack(StagedX::read(staged_x(stage), i), x);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[k] -= mean;
+      const auto words = StagedGradient::read(staged_gradient(stage), i);
+      StagedGradient::unpack(words, weighted);
       float weight[kVector];
-      if (a.weight != nullptr) {  // from L1 each time: in registers, beside the sums, it would spill
+      if (has_weight_words) {
+        StagedGradient::unpack(weight_words[kKeeps ? i : 0], weight);
+      } else if (a.weight != nullptr) {
         load_parameter<Gradient, kVector, kShifted>(a.weight, a.float32_parameters, column_of(i), a.cols, weight);
       }
+      if (a.weight != nullptr) {
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        x[k] -= mean;
-        weighted[k] = a.weight != nullptr ? gradient[k] * weight[k] : gradient[k];
+        for (int k = 0; k < kVector; ++k) weighted[k] *= weight[k];
       }
+      return words;
     };
 
     async_wait<kBackwardStages - 1>();
+    float kept_x[kKeeps ? kItems : 1][kVector], kept_weighted[kKeeps ? kItems : 1][kVector];
+    Words<kVector * sizeof(Gradient)> gradient_words[kKeepsGradient ? kItems : 1];
     float totals[kRowSums] = {};  // of g * (x - mean), g, x - mean; the first alone where the mean is 0
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (!live || column_of(i) >= a.cols) continue;
-      float x[kVector], gradient[kVector], weighted[kVector];
-      read(i, x, gradient, weighted);
+      if (!live || !is_inside(i)) continue;
+      auto& x = kept_x[kKeeps ? i : 0];
+      auto& weighted = kept_weighted[kKeeps ? i : 0];
+      gradient_words[kKeepsGradient ? i : 0] = read(i, x, weighted);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
         totals[0] += weighted[k] * x[k];
@@ -191,55 +274,62 @@ norm_backward(const NormBackwardArguments a) {
         }
       }
     }
-    group.sum(totals, slots + stage * slot_size);
+    if constexpr (kKeepsGradient) fetch(later_row, stage);
+    group.sum(totals, SumSlot<float>{slots + stage * slot_size, barriers + stage, parity});
     float delta = 0.0F, mean_g = 0.0F;
     if constexpr (kCentered) {
       delta = totals[2] * a.reciprocal_cols, mean_g = totals[1] * a.reciprocal_cols;
       totals[0] -= delta * totals[1];
     }
-    const float mean_gn = totals[0] * rstd * a.reciprocal_cols;
+    const float slope = -totals[0] * rstd * a.reciprocal_cols * rstd;  // -(mean of g * n) * rstd
+    const float offset = -delta * rstd, constant = -mean_g * rstd;
 
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      if (!live || !is_inside(i)) continue;
       const int column = column_of(i);
-      if (live && column < a.cols) {
-        float x[kVector], gradient[kVector], weighted[kVector], result[kVector];
-        read(i, x, gradient, weighted);
-        if (has_grad_sum) {
-          StagedX::read(staged_grad_sum(stage), i, result);
-        } else {
+      auto& x = kept_x[kKeeps ? i : 0];
+      auto& weighted = kept_weighted[kKeeps ? i : 0];
+      if constexpr (!kKeeps) read(i, x, weighted);
+      float gradient[kVector], result[kVector];
+      StagedGradient::unpack(
+          kKeepsGradient ? gradient_words[kKeepsGradient ? i : 0] : StagedGradient::read(staged_gradient(stage), i),
+          gradient);
+      if (has_grad_sum) {
+        StagedX::unpack(StagedX::read(staged_grad_sum(stage), i), result);
+      } else {
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) result[k] = 0.0F;
-        }
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          const float normalized = (x[k] - delta) * rstd;
-          sums[0][i][k] += gradient[k] * normalized;
-          if constexpr (kCentered) {
-            sums[1][i][k] += gradient[k];
-            result[k] += (weighted[k] - mean_g - normalized * mean_gn) * rstd;
-          } else {  // grouped so, nothing spills on sm_100
-            result[k] += weighted[k] * rstd - normalized * (mean_gn * rstd);
-          }
-        }
-        if (kAdds && a.grad_residual != nullptr) {
-          auto* to = static_cast<Residual*>(a.grad_residual) + row * a.grad_residual_stride;
-          store_vector<Residual, kVector, kShifted>(to, column, a.cols, result);
-        }
-        if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
-        if (a.grad_input != nullptr) {
-          auto* to = static_cast<Gradient*>(a.grad_input) + row * a.grad_input_stride;
-          store_vector<Gradient, kVector, kShifted>(to, column, a.cols, result);
-        }
-        if constexpr (kInputBias) {
-#pragma unroll
-          for (int k = 0; k < kVector; ++k) sums[kSums - 1][i][k] += result[k];
-        }
+        for (int k = 0; k < kVector; ++k) result[k] = 0.0F;
       }
-      fetch(row + kBackwardStages * row_step, stage, i);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        const float normalized = kCentered ? x[k] * rstd + offset : x[k] * rstd;
+        sums[0][i][k] += gradient[k] * normalized;
+        if constexpr (kCentered) sums[1][i][k] += gradient[k];
+        result[k] += weighted[k] * rstd + (kCentered ? normalized * slope + constant : normalized * slope);
+      }
+      if (kAdds && a.grad_residual != nullptr) {
+        auto* to = grad_residual_rows.at(a.grad_residual_stride, row, thread_column) + i * step;
+        store_vector<Residual, kVector, kShifted>(to, column, a.cols, result);
+      }
+      if constexpr (kReloadsSeed) seed = static_cast<std::uint64_t>(*static_cast<const volatile std::int64_t*>(a.seed));
+      if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
+      if (a.grad_input != nullptr) {
+        auto* to = grad_input_rows.at(a.grad_input_stride, row, thread_column) + i * step;
+        store_vector<Gradient, kVector, kShifted>(to, column, a.cols, result);
+      }
+      if constexpr (kInputBias) {
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) sums[kSums - 1][i][k] += result[k];
+      }
     }
+    grad_input_rows.move(row_step * a.grad_input_stride);
+    grad_residual_rows.move(row_step * a.grad_residual_stride);
+    if constexpr (!kKeepsGradient) fetch(later_row, stage);
+    fetch_grad_sum(later_row, stage);
     async_commit();
-    stage = stage + 1 == kBackwardStages ? 0 : stage + 1;
+    stage = 1 - stage;
+    if (stage == 0) parity = 1 - parity;
   }
   async_wait<0>();
 

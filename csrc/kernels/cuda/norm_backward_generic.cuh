@@ -49,7 +49,7 @@ norm_backward_generic(const NormBackward a, const std::int64_t* seed_address) {
       totals[1] += weighted;
       totals[2] += deviation;
     }
-    group.sum(totals, slot + turn * slot_size);
+    group.sum(totals, SumSlot<Value>{slot + turn * slot_size});
     turn ^= 1;
     const Value delta = totals[2] / count, mean_g = totals[1] / count;
     const Value mean_gn = (totals[0] - delta * totals[1]) * rstd / count;

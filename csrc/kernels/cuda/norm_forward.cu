@@ -74,9 +74,10 @@ cudaError_t norm_forward(const NormForward& a, const Plan& plan, const std::int6
   const auto kernel = kernels_for(a)(plan, adds, a.dropout.threshold > 0);
   if (kernel.launch == nullptr) return cudaErrorInvalidConfiguration;
   const bool is_block_row = plan.row_threads == plan.threads;
-  const int slots = is_block_row ? RowGroup<0, true>::slot_size(plan.threads, plan.cluster, a.centered ? 1 + 2 : 1) : 0;
+  const int slots = is_block_row ? slot_size_of(plan, 1) + (a.centered ? slot_size_of(plan, 2) : 0) : 0;
   const LaunchShape shape = {static_cast<int>((a.rows + plan.groups() - 1) / plan.groups()) * plan.cluster,
-                             plan.cluster, plan.threads, slots * static_cast<int>(sizeof(float))};
+                             plan.cluster, plan.threads,
+                             forward_barrier_bytes(plan.cluster > 1) + slots * static_cast<int>(sizeof(float))};
   return kernel.launch(shape, stream,
                        {.input = a.input.data,
                         .residual = a.residual.data,

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "dropout.cuh"
+#include "plan.h"
 #include "row_access.cuh"
 #include "row_sum.cuh"
 
@@ -36,6 +37,13 @@ struct NormForwardArguments {
   float scale;
 };
 
+// As plan.h counts them: of an element of the residual or the sum, whichever is wider; 0 where there is none.
+template <class Types, bool kAdds>
+inline constexpr int kForwardResidualBytes = !kAdds ? 0
+                                             : sizeof(typename Types::Residual) > sizeof(typename Types::Sum)
+                                                 ? sizeof(typename Types::Residual)
+                                                 : sizeof(typename Types::Sum);
+
 // Types: ElementTypes.
 template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kCentered, bool kAdds,
           bool kDrops, int kMaxThreads>
@@ -44,28 +52,46 @@ norm_forward(const NormForwardArguments a) {
   using Input = typename Types::Branch;
   using Residual = typename Types::Residual;
   using Sum = typename Types::Sum;
+#ifdef __CUDA_ARCH__
+  // No plan for this architecture asks for it.
+  if constexpr (kLanes == 0 && kItems != block_row_items(sizeof(Input), kForwardResidualBytes<Types, kAdds>, kShifted,
+                                                         __CUDA_ARCH__ / 10)) {
+    return;
+  }
+#endif
   const int row_threads = kLanes == 0 ? block_threads() : kLanes;
   const RowGroup<kLanes, kCluster> group{kLanes == 0 ? thread_index() : thread_index() % kLanes, row_threads, 1};
   const int rank = kCluster ? cluster_rank() : 0;
   const std::int64_t rows_per_block = kLanes == 0 ? 1 : block_threads() / row_threads;
   const std::int64_t row = kLanes == 0 ? block_index() / (kCluster ? cluster_blocks() : 1)
                                        : block_index() * rows_per_block + thread_index() / row_threads;
-  const bool live = row < a.rows;            // threads without a row stay, because shuffles take the whole warp
-  if constexpr (kCluster) cluster_arrive();  // nobody may write into a block that has not started
+  const bool live = row < a.rows;  // threads without a row stay, because shuffles take the whole warp
+
+  // In a cluster two barriers, then the slots of both sums.
+  auto* const barriers = reinterpret_cast<TransactionBarrier*>(shared_memory());
+  if constexpr (kCluster) {
+    if (thread_index() == 0) {
+      init_barrier(barriers);
+      init_barrier(barriers + 1);
+    }
+    cluster_arrive();
+  }
 
   const int step = row_threads * kVector;
   int base = rank * step * kItems + group.thread * kVector;
   if constexpr (kShifted) base -= static_cast<int>((a.first_element + row * a.input_stride) % kVector);
-  const auto* input = static_cast<const Input*>(a.input) + row * a.input_stride;
-  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride;
   const int cols = live ? a.cols : 0;  // without a row, no column is inside
+  const auto* input = static_cast<const Input*>(a.input) + row * a.input_stride + base;
+  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride + base;
 
   Words<kVector * sizeof(Input)> input_words[kItems];
   Words<kVector * sizeof(Residual)> residual_words[kAdds ? kItems : 1];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    input_words[i] = load_vector<Input, kVector, kShifted>(input, base + i * step, cols);
-    if constexpr (kAdds) residual_words[i] = load_vector<Residual, kVector, kShifted>(residual, base + i * step, cols);
+    input_words[i] = load_vector<Input, kVector, kShifted>(input + i * step, base + i * step, cols);
+    if constexpr (kAdds) {
+      residual_words[i] = load_vector<Residual, kVector, kShifted>(residual + i * step, base + i * step, cols);
+    }
   }
   const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
 
@@ -84,6 +110,13 @@ norm_forward(const NormForwardArguments a) {
     const int column = base + i * step;
     ElementWords<Input>::template unpack<kVector>(input_words[i], x[i]);
     if constexpr (kAdds) {
+      const auto add_residual = [&] {
+        float addend[kVector];
+        ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) x[i][k] += addend[k];
+      };
+      if constexpr (!kDrops) add_residual();  // before the bias takes registers, where nothing stands against it
       if (a.input_bias != nullptr && is_inside(i)) {
         float bias[kVector];
         load_parameter<Input, kVector, kShifted>(a.input_bias, a.float32_parameters, column, cols, bias);
@@ -92,65 +125,111 @@ norm_forward(const NormForwardArguments a) {
       }
       if constexpr (kDrops) {
         apply_dropout<!kShifted>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
+        add_residual();
       }
-      float addend[kVector];
-      ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] += addend[k];
       if (a.sum != nullptr && is_inside(i)) {
-        store_vector<Sum, kVector, kShifted>(static_cast<Sum*>(a.sum) + row * a.sum_stride, column, cols, x[i]);
+        auto* const to = static_cast<Sum*>(a.sum) + row * a.sum_stride + base + i * step;
+        store_vector<Sum, kVector, kShifted>(to, column, cols, x[i]);
       }
     }
     total[0] += kCentered ? sum_of<kVector>(x[i]) : sum_of_squares(x[i]);
   }
 
-  float* slot = reinterpret_cast<float*>(shared_memory());
+  float* const slots = reinterpret_cast<float*>(shared_memory() + forward_barrier_bytes(kCluster));
   if constexpr (kCluster) cluster_wait();
-  group.sum(total, slot);
+  group.sum(total, SumSlot<float>{slots, barriers});
   const float average = total[0] * a.reciprocal_cols;
   const float rounded_mean = kCentered ? average : 0.0F;
   float delta = 0.0F, variance = average;  // where the norm is not centered: about zero
   if constexpr (kCentered) {
-    float moments[2] = {0.0F, 0.0F};  // of the deviations
+    // Of the deviations: two chains each, because trees over all vectors would take more registers.
+    float moments[2] = {0.0F, 0.0F}, odd_moments[2] = {0.0F, 0.0F};
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (!is_inside(i)) continue;
+      const float mean = is_inside(i) ? rounded_mean : 0.0F;  // outside everything is 0 and stays so
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] = is_element(i, k) ? x[i][k] - rounded_mean : 0.0F;
-      moments[0] += sum_of<kVector>(x[i]);
-      moments[1] += sum_of_squares(x[i]);
+      for (int k = 0; k < kVector; ++k) x[i][k] = is_element(i, k) ? x[i][k] - mean : 0.0F;
+#pragma unroll
+      for (int k = 0; k < kVector; k += 2) {
+        moments[0] += x[i][k];
+        moments[1] += x[i][k] * x[i][k];
+        odd_moments[0] += x[i][k + 1];
+        odd_moments[1] += x[i][k + 1] * x[i][k + 1];
+      }
     }
-    group.sum(moments, slot + RowGroup<kLanes, kCluster>::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1));
+    moments[0] += odd_moments[0];
+    moments[1] += odd_moments[1];
+    group.sum(moments,
+              SumSlot<float>{slots + decltype(group)::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1),
+                             barriers + 1});
     // Divided, which is exact where all deviations are alike: a constant row gives the bias.
     delta = moments[0] / static_cast<float>(a.cols);
     variance = moments[1] * a.reciprocal_cols - delta * delta;
+    variance = variance < 0.0F ? 0.0F : variance;  // a NaN stays one
   }
-  const float rstd = reciprocal_sqrt((variance < 0.0F ? 0.0F : variance) + a.eps);  // a NaN stays one
-  if (live && group.thread == 0 && rank == 0 && a.rstd != nullptr) {
+  const float rstd = reciprocal_sqrt(variance + a.eps);
+  if (live && rank == 0 && group.thread == 0 && a.rstd != nullptr) {
     if constexpr (kCentered) a.mean[row] = rounded_mean + delta;
     a.rstd[row] = rstd;
   }
 
   // The parameters last: loaded early they take registers from the loads of the rows, and L1 has them.
+  auto* const output = static_cast<Input*>(a.output) + row * a.output_stride + base;
+  const bool has_all = a.weight != nullptr && (!kCentered || a.bias != nullptr);
+  if (kShifted || !has_all || a.float32_parameters) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (!is_inside(i)) continue;
-    const int column = base + i * step;
+    for (int i = 0; i < kItems; ++i) {
+      if (!is_inside(i)) continue;
+      int column = base + i * step;
+      hide(column);
+      float parameter[kVector];
+      if (a.weight != nullptr) {
+        load_parameter<Input, kVector, kShifted>(a.weight, a.float32_parameters, column, cols, parameter);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd;
-    float parameter[kVector];
-    if (a.weight != nullptr) {
-      load_parameter<Input, kVector, kShifted>(a.weight, a.float32_parameters, column, cols, parameter);
+        for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * parameter[k];
+      } else {
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] *= parameter[k];
+        for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd;
+      }
+      if (kCentered && a.bias != nullptr) {
+        load_parameter<Input, kVector, kShifted>(a.bias, a.float32_parameters, column, cols, parameter);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) x[i][k] += parameter[k];
+      }
+      store_vector<Input, kVector, kShifted>(output + i * step, column, cols, x[i]);
     }
-    if (kCentered && a.bias != nullptr) {
-      load_parameter<Input, kVector, kShifted>(a.bias, a.float32_parameters, column, cols, parameter);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] += parameter[k];
-    }
-    store_vector<Input, kVector, kShifted>(static_cast<Input*>(a.output) + row * a.output_stride, column, cols, x[i]);
+    return;
   }
+  const auto apply = [&]<class Parameter>(const Parameter* weight, const Parameter* bias) {
+    using ParameterWords = Words<kVector * sizeof(Parameter)>;
+    constexpr int kBatch = sizeof(ParameterWords) == kVectorBytes ? 2 : 1;  // vectors whose loads wait together
+    Input* to = output;
+    hide(to);
+#pragma unroll
+    for (int first = 0; first < kItems; first += kBatch) {
+      int batch_base = base;
+      hide(batch_base);
+      ParameterWords weight_words[kBatch], bias_words[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch && first + j < kItems; ++j) {
+        if (!is_inside(first + j)) continue;
+        const int column = batch_base + (first + j) * step;
+        weight_words[j] = load_kept<ParameterWords>(weight + column);
+        if constexpr (kCentered) bias_words[j] = load_kept<ParameterWords>(bias + column);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch && first + j < kItems; ++j) {
+        const int i = first + j;
+        float weights[kVector], biases[kVector] = {};
+        ElementWords<Parameter>::template unpack<kVector>(weight_words[j], weights);
+        if constexpr (kCentered) ElementWords<Parameter>::template unpack<kVector>(bias_words[j], biases);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * weights[k] + biases[k];
+        store_vector<Input, kVector, kShifted>(to + i * step, base + i * step, cols, x[i]);
+      }
+    }
+  };
+  apply(static_cast<const Input*>(a.weight), static_cast<const Input*>(a.bias));
 }
 
 }  // namespace resnorm::cuda

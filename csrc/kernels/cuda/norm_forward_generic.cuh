@@ -21,7 +21,7 @@ norm_forward_generic(const NormForward a, const std::int64_t* seed_address) {
   const auto count = static_cast<Value>(a.cols);
   int turn = 0;
   const auto sum_over_row = [&](Value(&values)[2]) {
-    group.sum(values, slot + turn * slot_size);
+    group.sum(values, SumSlot<Value>{slot + turn * slot_size});
     turn ^= 1;
   };
 

@@ -44,13 +44,24 @@ constexpr std::int64_t vectors_of(std::int64_t cols, int vector, bool shifted) {
 
 // ---- The norms, forward
 
-inline constexpr int kWarpRowThreads = 128, kBlockRowThreads = 1024, kBlockRowItems = 2;
+inline constexpr int kWarpRowThreads = 128;
+
+// Bytes of shared memory before the slots of the row sums.
+RESNORM_HOST_DEVICE constexpr int forward_barrier_bytes(bool cluster) { return cluster ? 16 : 0; }
 
 // How many vectors a thread of a warp may hold: 64 registers hold the raw words of all operands at once.
 constexpr int max_warp_items(int input_bytes, int residual_bytes, bool drops) {
   if (input_bytes == 4 || residual_bytes == 0) return 4;
   return residual_bytes == 2 && !drops ? 3 : 2;
 }
+
+// The same where a row has a block or more: by the architecture too, because on sm_100 four would spill. A block of 512
+// threads with four vectors each leaves room for another one; else it has 1024.
+RESNORM_HOST_DEVICE constexpr int block_row_items(int input_bytes, int residual_bytes, bool shifted, int architecture) {
+  if (input_bytes == 4) return 4;
+  return residual_bytes <= 2 && !shifted && architecture < 100 ? 4 : 2;
+}
+constexpr int max_block_row_threads(int items) { return 2048 / items; }
 
 // `residual_bytes` of an element of the residual or the sum, whichever is wider; 0 where there is no residual.
 //
@@ -68,19 +79,11 @@ inline Plan forward_plan(int cols, int input_bytes, int residual_bytes, bool dro
   if (vectors <= 8 * part_items) return warp_plan(8, part_items);
   if (vectors <= 16 * part_items) return warp_plan(16, part_items);
   if (vectors <= 32 * max_items) return warp_plan(32, (vectors + 31) / 32);
-  constexpr int kBlockVectors = kBlockRowThreads * kBlockRowItems;
-  if (vectors <= kBlockVectors) {
-    const int threads = rounded_up(vectors, 32 * kBlockRowItems) / kBlockRowItems;
-    return {.shifted = shifted, .row_threads = threads, .items = kBlockRowItems, .threads = threads};
-  }
-  for (int cluster = 2; architecture >= 90 && cluster <= kMaxCluster; cluster *= 2) {
-    if (vectors <= kBlockVectors * cluster) {
-      return {.shifted = shifted,
-              .row_threads = kBlockRowThreads,
-              .items = kBlockRowItems,
-              .threads = kBlockRowThreads,
-              .cluster = cluster};
-    }
+  const int items = block_row_items(input_bytes, residual_bytes, shifted, architecture);
+  for (int cluster = 1; cluster <= (architecture >= 90 ? kMaxCluster : 1); cluster *= 2) {
+    const int threads = rounded_up(vectors, 32 * items * cluster) / (items * cluster);
+    if (threads > max_block_row_threads(items)) continue;
+    return {.shifted = shifted, .row_threads = threads, .items = items, .threads = threads, .cluster = cluster};
   }
   return {.generic = true};
 }
@@ -96,6 +99,9 @@ RESNORM_HOST_DEVICE constexpr int backward_row_sums(bool centered) { return cent
 RESNORM_HOST_DEVICE constexpr int backward_column_sums(bool centered, bool input_bias) {
   return (centered ? 2 : 1) + (input_bias ? 1 : 0);
 }
+
+// Bytes of shared memory between the stages and the slots of the row sums.
+RESNORM_HOST_DEVICE constexpr int backward_barrier_bytes(bool cluster) { return cluster ? 16 : 0; }
 
 // What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;
@@ -157,7 +163,8 @@ inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shif
   const int row_threads = rounded_up(vectors, 32 * max_items) / max_items;
   if (row_threads <= threads) return plan_of(max_items, row_threads, 1);
   for (int cluster = 2; architecture >= 90 && cluster <= kMaxCluster; cluster *= 2) {
-    if (row_threads <= threads * cluster) return plan_of(max_items, threads, cluster);
+    const int of_block = rounded_up(vectors, 32 * max_items * cluster) / (max_items * cluster);
+    if (of_block <= threads) return plan_of(max_items, of_block, cluster);
   }
   return {.generic = true};
 }

@@ -30,12 +30,14 @@ RESNORM_DEVICE unsigned char* shared_memory() {
 RESNORM_DEVICE float shuffle_xor(float value, int distance) { return __shfl_xor_sync(0xFFFFFFFFU, value, distance); }
 RESNORM_DEVICE double shuffle_xor(double value, int distance) { return __shfl_xor_sync(0xFFFFFFFFU, value, distance); }
 
+RESNORM_DEVICE void warp_barrier() { __syncwarp(); }
+
 // For `threads` threads, a multiple of 32; id 0 is __syncthreads's, 1 to 15 are free.
 RESNORM_DEVICE void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-RESNORM_DEVICE float reciprocal_sqrt(float x) { return 1.0F / sqrtf(x); }
+RESNORM_DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 RESNORM_DEVICE double reciprocal_sqrt(double x) { return 1.0 / sqrt(x); }
 
 RESNORM_DEVICE float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
@@ -78,6 +80,7 @@ RESNORM_DEVICE Words load_kept(const void* from) {
   }
 }
 
+// Not moved past what comes after it: results that wait in registers leave none for the next loads.
 template <class Words>
 RESNORM_DEVICE void store(void* to, const Words& words) {
   if constexpr (sizeof(Words) < 16) {
@@ -85,8 +88,10 @@ RESNORM_DEVICE void store(void* to, const Words& words) {
   } else {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(Words) / 16); ++i) {
-      static_cast<uint4*>(to)[i] =
-          make_uint4(words.word[4 * i], words.word[4 * i + 1], words.word[4 * i + 2], words.word[4 * i + 3]);
+      asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(static_cast<char*>(to) + 16 * i),
+                   "r"(words.word[4 * i]), "r"(words.word[4 * i + 1]), "r"(words.word[4 * i + 2]),
+                   "r"(words.word[4 * i + 3])
+                   : "memory");
     }
   }
 }
@@ -129,6 +134,12 @@ RESNORM_DEVICE void async_wait() {
 #endif
 }
 
+// In shared memory, 8 bytes aligned. A phase is complete when one thread has said how many bytes it has and so many
+// have been stored asynchronously with it; the next one begins at once.
+struct TransactionBarrier {
+  std::uint64_t state;
+};
+
 // Clusters, of sm_90 and newer. Plans for older ones have none; there the functions only let the templates compile.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 RESNORM_DEVICE int cluster_rank() {
@@ -141,24 +152,86 @@ RESNORM_DEVICE int cluster_blocks() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
   return static_cast<int>(blocks);
 }
-RESNORM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-RESNORM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Once all threads have passed both, the blocks of the cluster have started and their TransactionBarriers are there.
+// Orders nothing else: a release here would be a fence for the whole GPU.
+RESNORM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+RESNORM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// `at` is this block's; `value` goes to the same place in block `rank` of the cluster.
-RESNORM_DEVICE void store_remote(float* at, int rank, float value) {
+RESNORM_DEVICE std::uint32_t shared_address(const void* at) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
+}
+RESNORM_DEVICE std::uint32_t remote_address(const void* at, int rank) {
   std::uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(remote)
-               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(at))), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(at)), "r"(rank));
+  return remote;
+}
+
+RESNORM_DEVICE void init_barrier(TransactionBarrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+RESNORM_DEVICE void expect_bytes(TransactionBarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+RESNORM_DEVICE void store_async(float* at, TransactionBarrier* barrier, int rank, const float (&values)[1]) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_address(at, rank)),
+      "r"(float_to_bits(values[0])), "r"(remote_address(barrier, rank))
+      : "memory");
+}
+RESNORM_DEVICE void store_async(float* at, TransactionBarrier* barrier, int rank, const float (&values)[2]) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];" ::"r"(
+                   remote_address(at, rank)),
+               "r"(float_to_bits(values[0])), "r"(float_to_bits(values[1])), "r"(remote_address(barrier, rank))
+               : "memory");
+}
+RESNORM_DEVICE void store_async(float* at, TransactionBarrier* barrier, int rank, const float (&values)[4]) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+                   remote_address(at, rank)),
+               "r"(float_to_bits(values[0])), "r"(float_to_bits(values[1])), "r"(float_to_bits(values[2])),
+               "r"(float_to_bits(values[3])), "r"(remote_address(barrier, rank))
+               : "memory");
+}
+RESNORM_DEVICE void wait_for_bytes(TransactionBarrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@!complete bra WAIT;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 #else
 RESNORM_DEVICE int cluster_rank() { return 0; }
 RESNORM_DEVICE int cluster_blocks() { return 1; }
 RESNORM_DEVICE void cluster_arrive() {}
 RESNORM_DEVICE void cluster_wait() {}
-RESNORM_DEVICE void store_remote(float*, int, float) {}
+RESNORM_DEVICE void init_barrier(TransactionBarrier*) {}
+RESNORM_DEVICE void expect_bytes(TransactionBarrier*, int) {}
+template <int kCount>
+RESNORM_DEVICE void store_async(float*, TransactionBarrier*, int, const float (&)[kCount]) {}
+RESNORM_DEVICE void wait_for_bytes(TransactionBarrier*, int) {}
 #endif
 
 }  // namespace resnorm::cuda
 #endif
+
+namespace resnorm::cuda {
+
+// The compiler takes the value, a pointer or an int, for another than the one that was computed, so it computes nothing
+// from it ahead of this place: addresses take registers.
+template <class Value>
+RESNORM_DEVICE void hide([[maybe_unused]] Value& value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(value) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+#endif
+}
+
+}  // namespace resnorm::cuda

@@ -44,11 +44,11 @@ residual_add_backward(const ResidualAddBackwardArguments a) {
   for (std::int64_t row = subset_row + thread_index() / a.row_threads * kApart; row < a.rows;
        row += a.row_subsets * groups) {
     const std::int64_t base = first_column_of(row) + thread_index() % a.row_threads * kVector;
-    const auto* gradient = static_cast<const Gradient*>(a.grad_output) + row * a.grad_output_stride;
+    const auto* gradient = static_cast<const Gradient*>(a.grad_output) + row * a.grad_output_stride + base;
     Words<kVector * sizeof(Gradient)> words[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      words[i] = load_vector<Gradient, kVector, kShifted>(gradient, base + i * step, a.cols);
+      words[i] = load_vector<Gradient, kVector, kShifted>(gradient + i * step, base + i * step, a.cols);
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -58,7 +58,7 @@ residual_add_backward(const ResidualAddBackwardArguments a) {
       ElementWords<Gradient>::template unpack<kVector>(words[i], result);
       if constexpr (kDrops) apply_dropout<!kShifted>(result, row * a.cols + column, seed, a.threshold, a.scale);
       if (a.grad_input != nullptr) {
-        auto* to = static_cast<Result*>(a.grad_input) + row * a.grad_input_stride;
+        auto* to = static_cast<Result*>(a.grad_input) + row * a.grad_input_stride + column;
         store_vector<Result, kVector, kShifted>(to, column, a.cols, result);
       }
       if constexpr (kInputBias) {

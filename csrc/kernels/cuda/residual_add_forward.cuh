@@ -36,15 +36,16 @@ residual_add_forward(const ResidualAddArguments a) {
   const int step = a.row_threads * kVector;
   std::int64_t base = block_index() % a.tiles * kItems * step + thread_index() % a.row_threads * kVector;
   if constexpr (kShifted) base -= (a.first_element + row * a.input_stride) % kVector;
-  const auto* input = static_cast<const Branch*>(a.input) + row * a.input_stride;
-  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride;
+  const auto* input = static_cast<const Branch*>(a.input) + row * a.input_stride + base;
+  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride + base;
+  auto* const output = static_cast<Sum*>(a.output) + row * a.output_stride + base;
 
   Words<kVector * sizeof(Branch)> input_words[kItems];
   Words<kVector * sizeof(Residual)> residual_words[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    input_words[i] = load_vector<Branch, kVector, kShifted>(input, base + i * step, a.cols);
-    residual_words[i] = load_vector<Residual, kVector, kShifted>(residual, base + i * step, a.cols);
+    input_words[i] = load_vector<Branch, kVector, kShifted>(input + i * step, base + i * step, a.cols);
+    residual_words[i] = load_vector<Residual, kVector, kShifted>(residual + i * step, base + i * step, a.cols);
   }
   const auto seed = kDrops ? static_cast<std::uint64_t>(*a.seed) : 0;
 #pragma unroll
@@ -63,7 +64,7 @@ residual_add_forward(const ResidualAddArguments a) {
     if constexpr (kDrops) apply_dropout<!kShifted>(x, row * a.cols + column, seed, a.threshold, a.scale);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) x[k] += addend[k];
-    store_vector<Sum, kVector, kShifted>(static_cast<Sum*>(a.output) + row * a.output_stride, column, a.cols, x);
+    store_vector<Sum, kVector, kShifted>(output + i * step, column, a.cols, x);
   }
 }
 

@@ -8,10 +8,10 @@
 
 namespace resnorm::cuda {
 
-// The elements of columns [column, column + kVector), 0 outside [0, cols). kShifted: a vector may reach beyond the row.
-// Column: int where it holds a row's length.
+// The elements of columns [column, column + kVector), which `from` points at, 0 outside [0, cols). kShifted: a vector
+// may reach beyond the row. Column: int where it holds a row's length.
 template <class T, int kVector, bool kShifted, class Column>
-RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, Column column, Column cols) {
+RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* from, Column column, Column cols) {
   using Vector = Words<kVector * sizeof(T)>;
   if constexpr (kShifted) {
     if (column < 0 || column + kVector > cols) {
@@ -19,7 +19,7 @@ RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, Column colum
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         if (column + i < 0 || column + i >= cols) continue;
-        const auto element = load_once<Words<sizeof(T)>>(row + column + i);
+        const auto element = load_once<Words<sizeof(T)>>(from + i);
         if constexpr (sizeof(T) == 4) {
           vector.word[i] = element.word[0];
         } else {
@@ -29,11 +29,11 @@ RESNORM_DEVICE Words<kVector * sizeof(T)> load_vector(const T* row, Column colum
       return vector;
     }
   }
-  return column < cols ? load_once<Vector>(row + column) : zero_words<sizeof(Vector)>();
+  return column < cols ? load_once<Vector>(from) : zero_words<sizeof(Vector)>();
 }
 
 template <class T, int kVector, bool kShifted, class Column>
-RESNORM_DEVICE void store_vector(T* row, Column column, Column cols, const float (&values)[kVector]) {
+RESNORM_DEVICE void store_vector(T* to, Column column, Column cols, const float (&values)[kVector]) {
   const auto vector = ElementWords<T>::template pack<kVector>(values);
   if constexpr (kShifted) {
     if (column < 0 || column + kVector > cols) {
@@ -46,12 +46,12 @@ RESNORM_DEVICE void store_vector(T* row, Column column, Column cols, const float
         } else {
           element.word[0] = static_cast<std::uint16_t>(vector.word[i / 2] >> (i % 2 * 16));
         }
-        store(row + column + i, element);
+        store(to + i, element);
       }
       return;
     }
   }
-  if (column < cols) store(row + column, vector);
+  if (column < cols) store(to, vector);
 }
 
 // A weight or bias, of type T or float32, by columns. Not shifted with the rows, so a shifted vector is gathered.
