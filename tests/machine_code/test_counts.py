@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the machine code of sm_90 has a GPU do for an element, and how many of them it has under way: a change of the
+kernels that costs more fails here. From tests/, ``python -m machine_code`` prints it all. Needs nvcc, no GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from resnorm_ext.build import toolchain
+
+from .compilation import Compiled, compile_kernels
+from .counts import count
+from .kernels import KERNELS, Kernel
+
+pytestmark = pytest.mark.cuda_compile
+
+
+class Bounds(NamedTuple):
+    """Of what counts.Counts calls the same."""
+
+    instructions: float
+    registers: int
+    warps: int
+    kib_in_flight: int
+    parameter_waits: int
+    gpu_fences: int
+    l1_flushes: int
+    spilled_bytes: int = 0
+    local_accesses: int = 0
+
+
+AT_LEAST = ("warps", "kib_in_flight")  # at most: all others
+
+# The one flush of a cluster is that of the barrier at its start, which acquires.
+# fmt: off
+BOUNDS = {
+    #                                            instructions  registers  warps  KiB in flight  waits  fences  flushes
+    "forward bfloat16 768":                Bounds(18.5,            64,      32,       48,         2,      0,      0),
+    "forward bfloat16 1024":               Bounds(17.0,            64,      32,       64,         2,      0,      0),
+    "forward bfloat16 4096":               Bounds(20.0,            64,      32,       64,         2,      0,      0),
+    "forward bfloat16 16384":              Bounds(20.0,            64,      32,       64,         2,      0,      0),
+    "forward bfloat16 65536":              Bounds(23.5,            64,      32,       64,         2,      0,      1),
+    "forward float32 4096":                Bounds(25.5,            64,      32,       64,         2,      0,      0),
+    "forward float32 16384":               Bounds(30.0,            64,      32,       64,         2,      0,      1),
+    "forward bfloat16 4096, add":          Bounds(26.0,            64,      32,      128,         2,      0,      0),
+    "forward bfloat16 4096, add, dropout": Bounds(40.0,            64,      32,      128,         2,      0,      0),
+    "backward bfloat16 1024":              Bounds(33.0,           128,      16,       64,         1,      0,      0),
+    "backward bfloat16 16384":             Bounds(36.0,           128,      16,       64,         1,      0,      0),
+    "backward float32 4096":               Bounds(34.5,           128,      16,      128,         1,      0,      0),
+    "backward float32 16384":              Bounds(40.5,           128,      16,      128,         1,      0,      0),
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, Compiled]:
+    toolkit, reason = toolchain.find_toolkit()
+    if toolkit is None:
+        pytest.skip(reason)
+    return compile_kernels(KERNELS, toolkit, tmp_path_factory.mktemp("machine_code"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_counts_are_within_bounds(kernel: Kernel, compiled: dict[Kernel, Compiled]):
+    counts, outside = count(kernel, compiled[kernel]), {}
+    for name, bound in BOUNDS[kernel.name]._asdict().items():
+        got = getattr(counts, name)
+        is_within = got >= bound if name in AT_LEAST else got <= bound
+        if not is_within:
+            outside[name] = f"expected at {'least' if name in AT_LEAST else 'most'} {bound:g}, got {got:.4g}"
+    assert not outside, kernel.name
