@@ -11,8 +11,9 @@
 // Persistent blocks, cut into groups of threads that share a row. A thread owns the same columns of every row, so the
 // columns' sums stay in registers. x and the gradients are read once, by asynchronous copies kBackwardStages rounds
 // ahead. What is staged is private: a thread reads only what it copied itself, so no barrier orders it, and refills it
-// as soon as it is not read again. Mean, rstd and weights are asked for before the wait for a row. Bytes moved: rows * cols * (x, grad_output, grad_sum, grad_residual, grad_input,
-// as far as present) + rows * (mean and rstd, as far as present) + the partial sums.
+// as soon as it is not read again. Mean, rstd and weights are asked for before the wait for a row. Bytes moved: rows *
+// cols * (x, grad_output, grad_sum, grad_residual, grad_input, as far as present) + rows * (mean and rstd, as far as
+// present) + the partial sums.
 //
 // Where rows do not start at multiples of a vector, those of one block are kVector rows apart: all of them start at the
 // same element of a vector, so that a thread owns the same columns in each.
