@@ -95,22 +95,25 @@ class StagedRow {
   }
 };
 
-// Where a thread's columns of a matrix begin, row after row. kMoves: the pointer moves on, which takes registers; else
-// it is computed from the row.
+// Where a thread's columns of a matrix begin, row after row. kMoves: the address moves on, which takes registers; else
+// it is computed from the row. As a number, because the matrix may be absent.
 template <class T, bool kMoves>
 class RowPointer {
  public:
   RESNORM_DEVICE RowPointer(T* matrix, std::int64_t stride, std::int64_t row, int column)
-      : matrix_(kMoves ? matrix + row * stride + column : matrix) {}
+      : address_(reinterpret_cast<std::uintptr_t>(matrix)) {
+    if constexpr (kMoves) move(row * stride + column);
+  }
   RESNORM_DEVICE T* at(std::int64_t stride, std::int64_t row, int column) const {
-    return kMoves ? matrix_ : matrix_ + row * stride + column;
+    auto* const matrix = reinterpret_cast<T*>(address_);
+    return kMoves ? matrix : matrix + row * stride + column;
   }
   RESNORM_DEVICE void move(std::int64_t elements) {
-    if constexpr (kMoves) matrix_ += elements;
+    if constexpr (kMoves) address_ += static_cast<std::uintptr_t>(elements) * sizeof(T);
   }
 
  private:
-  T* matrix_;
+  std::uintptr_t address_;
 };
 
 // kWarpRow: a row's threads are one warp; else `row_threads`, a multiple of 32, of each block of the cluster.

@@ -82,7 +82,7 @@ norm_forward(const NormForwardArguments a) {
   if constexpr (kShifted) base -= static_cast<int>((a.first_element + row * a.input_stride) % kVector);
   const int cols = live ? a.cols : 0;  // without a row, no column is inside
   const auto* input = static_cast<const Input*>(a.input) + row * a.input_stride + base;
-  const auto* residual = static_cast<const Residual*>(a.residual) + row * a.residual_stride + base;
+  const auto* residual = kAdds ? static_cast<const Residual*>(a.residual) + row * a.residual_stride + base : nullptr;
 
   Words<kVector * sizeof(Input)> input_words[kItems];
   Words<kVector * sizeof(Residual)> residual_words[kAdds ? kItems : 1];
@@ -200,36 +200,33 @@ norm_forward(const NormForwardArguments a) {
     }
     return;
   }
-  const auto apply = [&]<class Parameter>(const Parameter* weight, const Parameter* bias) {
-    using ParameterWords = Words<kVector * sizeof(Parameter)>;
-    constexpr int kBatch = sizeof(ParameterWords) == kVectorBytes ? 2 : 1;  // vectors whose loads wait together
-    Input* to = output;
-    hide(to);
+  Input* to = output;
+  hide(to);
+  using ParameterWords = Words<kVector * sizeof(Input)>;
+  constexpr int kBatch = 2;  // vectors whose loads wait together: as many as fit into registers
 #pragma unroll
-    for (int first = 0; first < kItems; first += kBatch) {
-      int batch_base = base;
-      hide(batch_base);
-      ParameterWords weight_words[kBatch], bias_words[kBatch];
+  for (int first = 0; first < kItems; first += kBatch) {
+    int batch_base = base;
+    hide(batch_base);
+    ParameterWords weight_words[kBatch], bias_words[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch && first + j < kItems; ++j) {
-        if (!is_inside(first + j)) continue;
-        const int column = batch_base + (first + j) * step;
-        weight_words[j] = load_kept<ParameterWords>(weight + column);
-        if constexpr (kCentered) bias_words[j] = load_kept<ParameterWords>(bias + column);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch && first + j < kItems; ++j) {
-        const int i = first + j;
-        float weights[kVector], biases[kVector] = {};
-        ElementWords<Parameter>::template unpack<kVector>(weight_words[j], weights);
-        if constexpr (kCentered) ElementWords<Parameter>::template unpack<kVector>(bias_words[j], biases);
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * weights[k] + biases[k];
-        store_vector<Input, kVector, kShifted>(to + i * step, base + i * step, cols, x[i]);
-      }
+    for (int j = 0; j < kBatch && first + j < kItems; ++j) {
+      if (!is_inside(first + j)) continue;
+      const int column = batch_base + (first + j) * step;
+      weight_words[j] = load_kept<ParameterWords>(static_cast<const Input*>(a.weight) + column);
+      if constexpr (kCentered) bias_words[j] = load_kept<ParameterWords>(static_cast<const Input*>(a.bias) + column);
     }
-  };
-  apply(static_cast<const Input*>(a.weight), static_cast<const Input*>(a.bias));
+#pragma unroll
+    for (int j = 0; j < kBatch && first + j < kItems; ++j) {
+      const int i = first + j;
+      float weights[kVector], biases[kVector] = {};
+      ElementWords<Input>::template unpack<kVector>(weight_words[j], weights);
+      if constexpr (kCentered) ElementWords<Input>::template unpack<kVector>(bias_words[j], biases);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * weights[k] + biases[k];
+      store_vector<Input, kVector, kShifted>(to + i * step, base + i * step, cols, x[i]);
+    }
+  }
 }
 
 }  // namespace resnorm::cuda
