@@ -2,7 +2,9 @@
 """Attention of packed batches on CUDA, by PyTorch's own kernels for sequences of unequal lengths: FlashAttention-2 (Dao
 2023) for half types, memory-efficient attention (Rabe and Staats 2021) for float32 and what FlashAttention refuses.
 
-Both draw their dropout from CUDA's generator, so the masks are theirs: a call that gives a seed is not for them.
+FlashAttention draws its dropout from CUDA's generator, so the mask is its own: a call that gives a seed is not for it.
+Memory-efficient attention computes no dropout here: for sequences of unequal lengths PyTorch's kernel numbers the draws
+of its backward pass otherwise than those of its forward pass (pytorch/pytorch#115590).
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from .engine.packing import is_recorded, longest_sequence
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HALF_TYPES = (torch.bfloat16, torch.float16)
-_FLASH_ARCHITECTURE = (8, 0)  # the oldest
-_FLASH_HEAD_DIM = 192  # from there on its backward pass wants more shared memory than most cards have
-_VECTOR = 8  # elements of half types that FlashAttention loads at once
+_AMPERE = (8, 0)  # the oldest architecture with FlashAttention and with bfloat16
+_FLASH_HEAD_DIM = 192  # above it the backward pass wants more shared memory than most cards have
+_MAX_SEQUENCES = 65535  # of a grid's second and third dimension
+_VECTOR_BYTES = 16
 _CAUSAL = 1  # CausalFromTopLeft in PyTorch's memory-efficient attention
 
 
@@ -29,31 +32,45 @@ def is_gpu(device: torch.device) -> bool:
     return _architecture(device) is not None
 
 
-def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float = 0.0) -> str | None:
     """``"flash"`` or ``"efficient"``, which computes queries of ``dtype`` on ``device``; None where neither does."""
     architecture = _architecture(device)
-    if architecture is None:
+    if architecture is None or dropout_p >= 1.0 or (dtype == torch.bfloat16 and architecture < _AMPERE):
         return None
-    has_flash = architecture >= _FLASH_ARCHITECTURE
-    if has_flash and dtype in _HALF_TYPES and head_dim % _VECTOR == 0 and head_dim <= _FLASH_HEAD_DIM:
+    is_half = dtype in _HALF_TYPES
+    if is_half and architecture >= _AMPERE and head_dim % 8 == 0 and head_dim <= _FLASH_HEAD_DIM:
         return "flash"
-    if torch.are_deterministic_algorithms_enabled():  # the other adds gradients up in no fixed order
+    # The other adds gradients up in no fixed order.
+    if dropout_p > 0.0 or torch.are_deterministic_algorithms_enabled() or not (is_half or dtype == torch.float32):
         return None
-    is_known = dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and has_flash)
-    return "efficient" if is_known else None
+    if architecture >= _AMPERE:
+        multiple = 8 if is_half else 4
+    else:
+        multiple = 4 if is_half else 1
+    return "efficient" if head_dim % multiple == 0 else None
 
 
-def has_kernel(query: Tensor, scale: float | None = None) -> bool:
-    """Whether ``attend`` takes a call of queries like these, ``(..., head_dim)``."""
-    if type(query) not in _PLAIN_TENSORS or query.dim() == 0 or query.numel() == 0:
+def has_kernel(
+    query: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> bool:
+    """Whether ``attend`` takes a call of queries like these, ``(..., head_dim)``, and of sequences like these."""
+    if not is_gpu(query.device) or type(query) not in _PLAIN_TENSORS or query.dim() == 0:
         return False
-    if scale is not None and scale < 0.0:  # FlashAttention looks for the largest score before it scales
+    kernel = kernel_of(query.device, query.dtype, query.size(-1), dropout_p)
+    if kernel is None or cu_seqlens.numel() - 1 > _MAX_SEQUENCES:
         return False
-    if kernel_of(query.device, query.dtype, query.size(-1)) is None:
+    if scale is not None and scale <= 0.0:  # FlashAttention looks for the largest score before it scales
         return False
-    return torch.compiler.is_compiling() or not (
-        torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    if kernel == "efficient" and max_seqlen is None and is_recorded(query):
+        return False  # its backward pass takes memory for every sequence as if it were of the greatest length
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return torch.compiler.is_compiling() or (query.numel() > 0 and not torch.jit.is_tracing())
 
 
 def attend(
@@ -72,21 +89,21 @@ def attend(
     Args:
         query, key, value: ``(tokens, heads, head_dim)``.
         cu_seqlens: int32 ``(sequences + 1,)``, rising from 0 to ``tokens``, which nothing checks here.
-        max_seqlen: at least the longest sequence's length; read from ``cu_seqlens`` where None, which waits for the
-            GPU, but where the call ``is_recorded``.
+        max_seqlen: at least the longest sequence's length: what lies past it in a sequence is left out. Read from
+            ``cu_seqlens`` where None, which waits for the GPU, but where the call ``is_recorded``.
         scale: ``1 / sqrt(head_dim)`` where None.
         causal: each position sees itself and what precedes it.
-        dropout_p: of the attention weights.
+        dropout_p: of the attention weights, below 1.
 
     Returns:
         ``(tokens, heads, head_dim)``.
     """
-    bounds = cu_seqlens.to(query.device)
     if max_seqlen is None:
-        max_seqlen = len(query) if is_recorded(bounds) else longest_sequence(bounds)
+        max_seqlen = len(query) if is_recorded(query) else longest_sequence(cu_seqlens)
     max_seqlen = min(max_seqlen, len(query))
-    if kernel_of(query.device, query.dtype, query.size(-1)) == "flash":
-        query, key, value = (each if _is_aligned(each) else each.contiguous() for each in (query, key, value))
+    bounds = cu_seqlens.to(query.device).contiguous()
+    query, key, value = (_aligned(each) for each in (query, key, value))
+    if kernel_of(query.device, query.dtype, query.size(-1), dropout_p) == "flash":
         return torch.ops.aten._flash_attention_forward(
             query, key, value, bounds, bounds, max_seqlen, max_seqlen, dropout_p, causal, False, scale=scale
         )[0]
@@ -101,7 +118,7 @@ def attend(
         bounds,
         max_seqlen,
         max_seqlen,
-        dropout_p,
+        0.0,
         _CAUSAL if causal else 0,
         keeps_logsumexp,
         scale=scale,
@@ -116,8 +133,11 @@ def _architecture(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Whether FlashAttention reads ``x`` as it lies: every head of a token begins at a multiple of a vector."""
-    # torch.compile cannot ask for an offset, and makes operands of its own that are aligned.
-    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
-    return x.stride(-1) == 1 and all(each % _VECTOR == 0 for each in (*x.stride()[:-1], offset))
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy where it does not lie as the kernels read it: each token's heads at multiples of 16 bytes."""
+    if torch.compiler.is_compiling():  # which cannot ask where a tensor begins in its memory
+        return x.clone(memory_format=torch.contiguous_format)
+    vector = _VECTOR_BYTES // x.element_size()
+    places = (*(s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1), x.storage_offset())
+    lies_so = x.stride(-1) == 1 and all(place % vector == 0 for place in places)
+    return x if lies_so else x.clone(memory_format=torch.contiguous_format)

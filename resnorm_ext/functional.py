@@ -3,9 +3,10 @@
 
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
 the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are
-differentiable, also twice and under ``torch.func``. Statistics and accumulation are float32; float64 where the input or
-the sum is float64. DTensors may be sharded along every dimension that results are independent in; nested tensors, and
-subclasses that do not know these operators, are computed by torch's functions, without ``out``.
+differentiable, also twice (but :func:`packed_attention` on CUDA) and under ``torch.func``. Statistics and accumulation
+are float32; float64 where the input or the sum is float64. DTensors may be sharded along every dimension that results
+are independent in; nested tensors, and subclasses that do not know these operators, are computed by torch's functions,
+without ``out``.
 """
 
 from __future__ import annotations
@@ -364,19 +365,21 @@ def packed_attention(
     Returns:
         ``(tokens, heads, head_dim)``.
 
-    On CUDA PyTorch's own kernels compute this (cuda_attention.py), differentiable once; but float64, what torch.func
-    transforms, and dropout by a given seed, by the formula.
+    On CUDA PyTorch's own kernels compute this where they can (cuda_attention.py), differentiable once; not float64,
+    what torch.func transforms, float32 with dropout, nor with a given seed.
     """
     if _drops_by_itself(qkv, dropout_p, training, seed):
         return composite.packed_attention(qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, None)
-    if not (training and seed is not None) and cuda_attention.has_kernel(qkv, scale) and _is_packed(qkv, cu_seqlens):
-        dropout_p = _dropout_probability(dropout_p, training)
-        check_sequences(cu_seqlens, len(qkv), max_seqlen)
-        if torch.is_autocast_enabled(qkv.device.type):
-            qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-        return cuda_attention.attend(
-            *qkv.unbind(1), cu_seqlens, max_seqlen, scale=scale, causal=causal, dropout_p=dropout_p
-        )
+    if seed is None and cuda_attention.is_gpu(qkv.device) and _is_packed(qkv, cu_seqlens):
+        p, cast = _dropout_probability(dropout_p, training), qkv
+        if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
+            cast = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+        if cuda_attention.has_kernel(cast, cu_seqlens, max_seqlen, scale=scale, dropout_p=p):
+            check_sequences(cu_seqlens, len(qkv), max_seqlen)
+            query, key, value = cast.unbind(1)
+            return cuda_attention.attend(
+                query, key, value, cu_seqlens, max_seqlen, scale=scale, causal=causal, dropout_p=p
+            )
     dropout_p, seed = _dropout_seed(qkv, dropout_p, training, seed)
     return _call("packed_attention", qkv, cu_seqlens, max_seqlen, scale, causal, dropout_p, seed)
 

@@ -40,9 +40,9 @@ class Packing(NamedTuple):
         return ~real.index_fill_(0, self.indices, True).view(self.batch_size, self.length)
 
 
-def equal_bounds(batch_size: int, length: int) -> Tensor:
-    """The ``cu_seqlens``, on the CPU, of ``batch_size`` sequences of ``length`` tokens."""
-    return torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
+def equal_bounds(batch_size: int, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """The ``cu_seqlens``, on ``device``, of ``batch_size`` sequences of ``length`` tokens."""
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
 
 
 def packing_of(key_mask: Tensor) -> Packing:

@@ -101,7 +101,7 @@ def packing_of_mask(key_mask: Tensor | None, batch_size: int, length: int, devic
     """The packing, on ``device``, of ``key_mask``, bool ``(batch_size, length)``; None, or all True, hides nothing."""
     if key_mask is not None and not key_mask.all():
         return packing_of(key_mask)
-    cu_seqlens = equal_bounds(batch_size, length).to(device)
+    cu_seqlens = equal_bounds(batch_size, length, device)
     return Packing(cu_seqlens, torch.arange(batch_size * length, device=device), batch_size, length, length)
 
 

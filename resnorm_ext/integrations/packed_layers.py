@@ -42,15 +42,26 @@ class PackedLayers:
 
     def device_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why hidden states of ``dtype`` on ``device`` go no faster packed."""
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        attentions = (module_at(layer, self._spec.attention) for layer in self._layers)
-        head_dims = {int(getattr(attention, self._spec.head_dim)) for attention in attentions}
         if not cuda_attention.is_gpu(device):
             return None if device.type == "cpu" else f"the input is on {device}"
-        if all(cuda_attention.kernel_of(device, dtype, each) for each in head_dims):
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+        attentions = [module_at(layer, self._spec.attention) for layer in self._layers]
+        head_dims = {int(getattr(attention, self._spec.head_dim)) for attention in attentions}
+        rates = {self._attention_dropout(layer) for layer in self._layers}
+        if all(cuda_attention.kernel_of(device, dtype, dim, rate) for dim in head_dims for rate in rates):
             return None
-        return f"no kernel attends to packed {dtype} on this GPU"
+        return (
+            f"no kernel attends to packed {dtype} of head_dim {', '.join(map(str, sorted(head_dims)))}"
+            + (", with dropout" if max(rates) > 0.0 else "")
+            + (", deterministically" if torch.are_deterministic_algorithms_enabled() else "")
+        )
+
+    def _attention_dropout(self, layer: nn.Module) -> float:
+        """transformers asks the attention whether it is in training, not its dropout."""
+        module, name = self._spec.dropouts.attention_weights
+        in_training = module_at(layer, self._spec.attention).training
+        return float(getattr(module_at(layer, module), name)) if in_training else 0.0
 
     def encode(self, tokens: Tensor, packing: Packing) -> Tensor:
         """The last layer's output for packed ``tokens``, ``(tokens, dim)``."""
@@ -80,13 +91,9 @@ class PackedLayers:
         head_dim = int(getattr(attention, spec.head_dim))
         parts = [_linear(layer, name, tokens).unflatten(-1, (-1, head_dim)) for name in spec.projections]
         scale = None if spec.scaling is None else float(getattr(attention, spec.scaling))
-        place = spec.dropouts.attention_weights
-        # transformers asks the attention whether it is in training, not its dropout
-        dropout_p = getattr(module_at(layer, place[0]), place[1]) if attention.training else 0.0
-        if cuda_attention.has_kernel(parts[0], scale):
-            context = cuda_attention.attend(
-                *parts, packing.cu_seqlens, packing.max_seqlen, scale=scale, dropout_p=dropout_p
-            )
+        dropout_p, bounds = self._attention_dropout(layer), (packing.cu_seqlens, packing.max_seqlen)
+        if cuda_attention.has_kernel(parts[0], *bounds, scale=scale, dropout_p=dropout_p):
+            context = cuda_attention.attend(*parts, *bounds, scale=scale, dropout_p=dropout_p)
         else:
             context = functional.packed_attention(
                 torch.stack(parts, 1), packing.cu_seqlens, scale=scale, dropout_p=dropout_p, training=True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 
 from .. import cuda_attention, functional
-from ..engine.packing import equal_bounds
+from ..engine.packing import equal_bounds, pack, packing_of_sequences, unpack
 from ..recording import is_exported
 from .dropout import dropout
 from .eligibility import has_plain_tensors, is_eager
@@ -200,17 +200,14 @@ def has_attention_kernel(x: Tensor) -> bool:
 
 
 def _packed_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
-    query, key, value = qkv.unbind(1)
-    if cuda_attention.has_kernel(query):
+    cu_seqlens, max_seqlen = pattern.cu_seqlens, pattern.max_seqlen
+    if cuda_attention.has_kernel(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p):
+        query, key, value = qkv.unbind(1)
         return cuda_attention.attend(
-            query,
-            key,
-            value,
-            pattern.cu_seqlens,
-            pattern.max_seqlen,
-            causal=pattern.is_causal,
-            dropout_p=dropout_p,
+            query, key, value, cu_seqlens, max_seqlen, causal=pattern.is_causal, dropout_p=dropout_p
         )
+    if dropout_p > 0.0 and not qkv.is_cpu:
+        return _packed_through_padded_attention(qkv, pattern, dropout_p)
     return functional.packed_attention(
         qkv,
         pattern.cu_seqlens,
@@ -234,3 +231,19 @@ def _padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) 
     else:
         context = F.scaled_dot_product_attention(query, key, value, pattern.mask, dropout_p, pattern.is_causal)
     return _tokens_first(context, pattern.batch_first)
+
+
+def _packed_through_padded_attention(qkv: Tensor, pattern: AttentionPattern, dropout_p: float) -> Tensor:
+    """Where nothing else has a fast kernel for attention with dropout."""
+    packing = packing_of_sequences(pattern.cu_seqlens.to(qkv.device), qkv.size(0), pattern.max_seqlen)
+    padded = unpack(qkv, packing)
+    mask, is_causal = merge_masks(
+        None,
+        packing.padding(),
+        pattern.is_causal,
+        batch=packing.batch_size,
+        length=packing.length,
+        num_heads=qkv.size(-2),
+        like=qkv,
+    )
+    return pack(_padded_attention(padded, AttentionPattern(True, mask, is_causal), dropout_p), packing)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import cuda_attention
 from ..build.extension import assume_constant_result
 from ..engine.encode import encode_padded
 from ..engine.packing import (
@@ -111,12 +112,13 @@ def encode_sequences(
     """The output, ``(tokens, dim)``, for packed ``tokens`` whose sequences' bounds are ``cu_seqlens``."""
     if stack.reason is None:
         record(stack.module, "packed")
-        if max_seqlen is not None or not tokens.is_cpu:  # all else is checked where it is read
+        on_gpu = cuda_attention.is_gpu(tokens.device)
+        if max_seqlen is not None or on_gpu:  # all else is checked where it is read
             check_sequences(cu_seqlens, len(tokens), max_seqlen)
-        if not tokens.is_cpu:  # once for all layers: both would wait for the GPU
-            cu_seqlens = cu_seqlens.to(tokens.device)
-            if max_seqlen is None and not is_recorded(cu_seqlens):
+        if on_gpu:  # once for all layers: both would wait for the GPU
+            if max_seqlen is None and not is_recorded(tokens):
                 max_seqlen = longest_sequence(cu_seqlens)
+            cu_seqlens = cu_seqlens.to(tokens.device)
         pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return stack.run(tokens, pattern, owns_x=False)
     packing = packing_of_sequences(cu_seqlens.to(tokens.device), tokens.size(0), max_seqlen)

@@ -39,6 +39,7 @@ def _counting(name: str, kernel, calls: Counter):
 
 
 def _flash_forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout_p, causal, debug, *, scale=None, **_):
+    assert 0.0 <= dropout_p < 1.0
     _check_flash((query, key, value), cu_q, cu_k, max_q, max_k)
     state = _new_state(dropout_p)
     output, logsumexp = _attention(query, key, value, cu_q, dropout_p, causal, scale, state)
@@ -73,9 +74,11 @@ def _efficient_forward(
     query, key, value, bias, cu_q, cu_k, max_q, max_k, dropout_p, mask, keeps=False, *, scale=None, **_
 ):
     _check_efficient((query, key, value), cu_q, cu_k, max_q, max_k)
+    assert dropout_p == 0.0, "the backward pass would drop others"
     state = _new_state(dropout_p)
-    output, logsumexp = _attention(*(t[0] for t in (query, key, value)), cu_q, dropout_p, mask == 1, scale, state)
-    logsumexp = logsumexp.float() if keeps else torch.empty(0)
+    output, _ = _attention(*(t[0] for t in (query, key, value)), cu_q, dropout_p, mask == 1, scale, state)
+    # The formula of the backward pass here needs none; its shape is that of PyTorch's.
+    logsumexp = torch.zeros(cu_q.numel() - 1, query.size(2), -(-max_q // 32) * 32 if keeps else 0)
     return output.to(query.dtype).unsqueeze(0), logsumexp, state[0], state[1], max_q, max_k
 
 
@@ -117,20 +120,34 @@ _KERNELS = {
 def _check_flash(parts: tuple[Tensor, ...], cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
     query = parts[0]
     assert query.dim() == 3 and query.dtype in (torch.bfloat16, torch.float16)
-    assert query.size(-1) % 8 == 0 and query.size(-1) <= 256
-    for each in parts:
-        assert each.shape == query.shape and each.dtype == query.dtype and each.stride(-1) == 1
-        assert each.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in each.stride()[:-1]), "not aligned"
+    assert _architecture() >= (8, 0) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+    _check_layout(parts, multiple=8)
     _check_bounds(cu_q, cu_k, max_q, max_k, query.size(0))
 
 
 def _check_efficient(parts: tuple[Tensor, ...], cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
+    """From Ampere on PyTorch has no kernels but those that load vectors of 16 bytes, before for half types of 8."""
     query = parts[0]
-    assert query.dim() == 4 and query.size(0) == 1
-    assert query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    assert all(each.shape == query.shape and each.dtype == query.dtype and each.stride(-1) == 1 for each in parts)
-    assert max_q <= query.size(1)
+    assert query.dim() == 4 and query.size(0) == 1 and 0 < max_q <= query.size(1)
+    assert query.dtype in (torch.float32, torch.float16) or (
+        query.dtype == torch.bfloat16 and _architecture() >= (8, 0)
+    )
+    is_half = query.dtype != torch.float32
+    _check_layout(parts, multiple=(8 if is_half else 4) if _architecture() >= (8, 0) else (4 if is_half else 1))
     _check_bounds(cu_q, cu_k, max_q, max_k, query.size(1))
+
+
+def _check_layout(parts: tuple[Tensor, ...], multiple: int) -> None:
+    """``multiple`` counts elements."""
+    for each in parts:
+        assert each.shape == parts[0].shape and each.dtype == parts[0].dtype and each.stride(-1) == 1
+        assert each.size(-1) % multiple == 0, "no kernel found to launch"
+        assert each.data_ptr() % (multiple * each.element_size()) == 0, "not aligned"
+        assert all(s % multiple == 0 for s, n in zip(each.stride()[:-1], each.shape[:-1]) if n > 1), "not aligned"
+
+
+def _architecture() -> tuple[int, int]:
+    return cuda_attention._architecture(torch.device("cpu"))
 
 
 def _check_bounds(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, tokens: int) -> None:

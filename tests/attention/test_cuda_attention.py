@@ -4,6 +4,7 @@ place (emulation.py)."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -59,8 +60,12 @@ def test_values(dtype, lengths, causal):
     [
         (torch.bfloat16, (8, 0), 192, {FLASH}),
         (torch.bfloat16, (8, 0), 200, {EFFICIENT}),
-        (torch.float16, (9, 0), 12, {EFFICIENT}),
-        (torch.float16, (7, 5), 8, {EFFICIENT}),
+        (torch.float16, (9, 0), 12, set()),
+        (torch.float32, (9, 0), 12, {EFFICIENT}),
+        (torch.float32, (9, 0), 6, set()),
+        (torch.float32, (7, 5), 6, {EFFICIENT}),
+        (torch.float16, (7, 5), 12, {EFFICIENT}),
+        (torch.float16, (7, 5), 6, set()),
         (torch.bfloat16, (7, 5), 8, set()),
         (torch.float64, (9, 0), 8, set()),
     ],
@@ -69,9 +74,17 @@ def test_kernel_of_the_architecture(dtype, architecture, head_dim, expected):
     check(dtype, expected, architecture=architecture, head_dim=head_dim)
 
 
-def test_negative_scale():
+@pytest.mark.parametrize("scale", [-1.0, 0.0])
+def test_scales_that_turn_the_order_of_scores(scale):
     """FlashAttention subtracts the largest score before it scales: here the least."""
-    check(torch.bfloat16, set(), scale=-1.0)
+    check(torch.bfloat16, set(), scale=scale)
+
+
+def test_more_sequences_than_a_grid_has():
+    query = torch.zeros(2, 2, 8, dtype=torch.bfloat16)
+    with emulated():
+        assert cuda_attention.has_kernel(query, torch.empty(65536, dtype=torch.int32), None)
+        assert not cuda_attention.has_kernel(query, torch.empty(65537, dtype=torch.int32), None)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, 100, 1000])
@@ -102,7 +115,17 @@ def test_other_layouts(dtype):
             torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_one_token_that_lies_anywhere():
+    """Contiguous, but not where vectors begin."""
+    qkv, cu_seqlens = batch((1,), torch.bfloat16)
+    shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype)[1:].view_as(qkv).copy_(qkv)
+    bounds = torch.stack((cu_seqlens, cu_seqlens), 1)[:, 0]
+    with emulated() as calls:
+        torch.testing.assert_close(packed_attention(shifted, bounds), qkv[:, 2])
+    assert kernels(calls) == {FLASH}
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_dropout_is_the_kernels_own(dtype):
     """The output is linear in the values, so their gradient says whether the backward pass dropped the same weights;
     and over many calls nothing is lost."""
@@ -114,14 +137,24 @@ def test_dropout_is_the_kernels_own(dtype):
         grad = random_like(output)
         (grad_qkv,) = torch.autograd.grad(output, leaf, grad)
         mean = torch.stack([packed_attention(qkv, cu_seqlens, **options).double() for _ in range(400)]).mean(0)
-        torch.testing.assert_close(packed_attention(qkv, cu_seqlens, dropout_p=0.3).double(), formula(qkv, (40, 24)),
-                                   rtol=2e-2, atol=2e-2)  # fmt: skip
-    assert len(kernels(calls)) == 1
-    by_output, by_gradient = (
-        float((a.double() * b.double()).sum()) for a, b in ((grad, output), (grad_qkv[:, 2], qkv[:, 2]))
-    )
+        still = packed_attention(qkv, cu_seqlens, dropout_p=0.3)
+    assert kernels(calls) == {FLASH}
+    torch.testing.assert_close(still.double(), formula(qkv, (40, 24)), rtol=2e-2, atol=2e-2)
+    by_output = float((grad.double() * output.double()).sum())
+    by_gradient = float((grad_qkv[:, 2].double() * qkv[:, 2].double()).sum())
     assert by_gradient == pytest.approx(by_output, rel=1e-2, abs=1e-1)
     torch.testing.assert_close(mean, formula(qkv, (40, 24)), rtol=0.0, atol=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.float32, 0.3), (torch.float32, 1.0), (torch.bfloat16, 1.0)])
+def test_dropout_that_no_kernel_computes(dtype, dropout_p):
+    qkv, cu_seqlens = batch(SEQUENCES, dtype)
+    with emulated() as calls:
+        leaf = qkv.detach().requires_grad_()
+        output = packed_attention(leaf, cu_seqlens, dropout_p=dropout_p, training=True)
+        (grad,) = torch.autograd.grad(output.sum(), leaf)
+    assert not calls and grad.isfinite().all()
+    assert bool(output.any()) == (dropout_p < 1.0)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -161,11 +194,13 @@ def test_deterministic_algorithms():
         torch.use_deterministic_algorithms(False)
 
 
-def test_autocast():
+@pytest.mark.parametrize(("architecture", "expected"), [((9, 0), {FLASH}), ((7, 5), set())])
+def test_autocast(architecture, expected):
+    """What counts is the dtype that autocast gives, not what comes."""
     qkv, cu_seqlens = batch(SEQUENCES)
-    with emulated() as calls, torch.autocast("cpu", torch.bfloat16):
+    with emulated(architecture) as calls, torch.autocast("cpu", torch.bfloat16):
         output = packed_attention(qkv, cu_seqlens)
-    assert output.dtype == torch.bfloat16 and kernels(calls) == {FLASH}
+    assert output.dtype == torch.bfloat16 and kernels(calls) == expected
 
 
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "twice"])
@@ -215,7 +250,7 @@ def test_compiled_step(dtype):
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def attend(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return packed_attention(x, cu_seqlens, causal=True)
+        return packed_attention(x, cu_seqlens, max_seqlen=64, causal=True)
 
     with emulated() as calls:
         for lengths in (SEQUENCES, (30, 7, 9)):
@@ -225,6 +260,35 @@ def test_compiled_step(dtype):
             expected = gradient(partial(formula, lengths=lengths, causal=True), qkv, grad)
             torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-2, atol=2e-2)
     assert len(kernels(calls)) == 1
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_compiled_for_as_many_tokens_as_a_mask_leaves(is_gpu):
+    qkv, cu_seqlens = batch((4, 3), torch.bfloat16)
+    keep = torch.ones(7, dtype=torch.bool)
+
+    def attend(x: Tensor) -> Tensor:
+        return packed_attention(x[keep], cu_seqlens, max_seqlen=4)
+
+    expected = attend(qkv)
+    with emulated() if is_gpu else nullcontext():
+        output = torch.compile(attend, backend="aot_eager", fullgraph=True)(qkv)
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_compiled_slice_that_begins_between_vectors(dtype):
+    wide = torch.randn(7, 56).to(dtype)
+    cu_seqlens = cumulative((4, 3))
+
+    def attend(x: Tensor) -> Tensor:
+        return packed_attention(x[:, 4:52].unflatten(1, (3, 2, 8)), cu_seqlens, max_seqlen=4)
+
+    expected = attend(wide)
+    with emulated() as calls:
+        output = torch.compile(attend, backend="aot_eager", fullgraph=True)(wide)
+    assert kernels(calls) == {FLASH}
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

@@ -4,6 +4,8 @@ packed attention are emulated (tests/attention/emulation.py), all else is what r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from attention.emulation import emulated
@@ -43,6 +45,14 @@ def embedded(model: nn.Module) -> dict[str, Tensor]:
     return {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"]}
 
 
+def narrow(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    def autocast_loss(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model)
+
+    return autocast_loss
+
+
 @pytest.mark.parametrize(("family", "head"), [(family, head) for family in FAMILIES for head in heads_of(family)])
 def test_heads_train(family, head):
     pair = pair_of(build(family, head))
@@ -56,12 +66,8 @@ def test_half_precision_trains_by_autocast(family, lengths):
     model, accelerated = pair_of(build(family))
     loss = sequence_loss(lengths=lengths)
 
-    def narrow(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss(model)
-
     with emulated() as calls:
-        value, gradients = step(accelerated, narrow)
+        value, gradients = step(accelerated, narrow(loss))
     assert taken(accelerated) == PACKED
     assert calls == {"_flash_attention_forward": LAYERS, "_flash_attention_backward": LAYERS}
     exact_value, exact = step(model, loss)
@@ -97,21 +103,22 @@ def test_inference(family, padding):
 
 def test_dropout_is_the_kernels_and_repeats_with_the_seed():
     _, accelerated = pair_of(build(attention_probs_dropout_prob=0.4))
-    loss = sequence_loss()
+    loss = narrow(sequence_loss())
     with emulated() as calls:
         steps = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
             steps.append(step(accelerated, loss))
-    assert calls["_efficient_attention_backward"] == 3 * LAYERS
-    assert_same_step(steps[1], steps[0])
+    assert taken(accelerated) == PACKED
+    assert calls["_flash_attention_backward"] == 3 * LAYERS
+    torch.testing.assert_close(steps[1], steps[0])
     assert steps[2][0] != steps[0][0]
 
 
 def test_checkpointed_layers_drop_the_same():
     model, _ = pair_of(build(attention_probs_dropout_prob=0.4))
     steps = []
-    loss = sequence_loss()
+    loss = narrow(sequence_loss())
     with emulated() as calls:
         for checkpointed in (False, True):
             _, accelerated = pair_of(model)
@@ -120,16 +127,26 @@ def test_checkpointed_layers_drop_the_same():
             torch.manual_seed(1)
             steps.append(step(accelerated, loss))
             assert taken(accelerated) == PACKED
-    assert calls["_efficient_attention_forward"] == 3 * LAYERS
-    assert_same_step(steps[1], steps[0])
+    assert calls["_flash_attention_forward"] == 3 * LAYERS
+    torch.testing.assert_close(steps[1], steps[0])
 
 
-def test_what_no_kernel_attends_to():
-    pair = pair_of(build().double())
-    with emulated():
-        assert_trains_alike(
-            pair, sequence_loss(), {("original", "no kernel attends to packed torch.float64 on this GPU")}
-        )
+@pytest.mark.parametrize(
+    ("dtype", "changes", "reason"),
+    [
+        (torch.float64, {}, "packed torch.float64 of head_dim 8"),
+        (torch.float32, {"attention_probs_dropout_prob": 0.4}, "packed torch.float32 of head_dim 8, with dropout"),
+        (torch.float32, {"hidden_size": 36, "num_attention_heads": 6}, "packed torch.float32 of head_dim 6"),
+    ],
+)
+def test_what_no_kernel_attends_to(dtype, changes, reason):
+    model, accelerated = pair_of(build(**changes).to(dtype))
+    loss = sequence_loss()
+    with emulated() as calls:
+        actual = step(accelerated, loss)
+    assert not calls and taken(accelerated) == {("original", f"no kernel attends to {reason}")}
+    if "attention_probs_dropout_prob" not in changes:
+        assert_same_step(actual, step(model, loss))
 
 
 def test_model_goes_back_to_the_cpu():
