@@ -48,7 +48,7 @@ BOUNDS = {
     "forward bfloat16 4096, add, dropout": Bounds(40.0,            64,      32,      128,         2,      0,      0),
     "backward bfloat16 1024":              Bounds(33.0,           128,      16,       64,         1,      0,      0),
     "backward bfloat16 16384":             Bounds(36.0,           128,      16,       64,         1,      0,      0),
-    "backward float32 4096":               Bounds(34.5,           128,      16,      128,         1,      0,      0),
+    "backward float32 4096":               Bounds(35.5,           128,      16,      128,         1,      0,      0),
     "backward float32 16384":              Bounds(40.5,           128,      16,      128,         1,      0,      0),
 }
 # fmt: on
