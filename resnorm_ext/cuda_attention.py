@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from .build.extension import assume_constant_result
-from .engine.packing import is_recorded, longest_sequence
+from .engine.packing import is_recorded
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -89,8 +89,8 @@ def attend(
     Args:
         query, key, value: ``(tokens, heads, head_dim)``.
         cu_seqlens: int32 ``(sequences + 1,)``, rising from 0 to ``tokens``, which nothing checks here.
-        max_seqlen: at least the longest sequence's length: what lies past it in a sequence is left out. Read from
-            ``cu_seqlens`` where None, which waits for the GPU, but where the call ``is_recorded``.
+        max_seqlen: at least the longest sequence's length: what lies past it in a sequence is left out. Where None,
+            all tokens may be one sequence's.
         scale: ``1 / sqrt(head_dim)`` where None.
         causal: each position sees itself and what precedes it.
         dropout_p: of the attention weights, below 1.
@@ -98,9 +98,7 @@ def attend(
     Returns:
         ``(tokens, heads, head_dim)``.
     """
-    if max_seqlen is None:
-        max_seqlen = len(query) if is_recorded(query) else longest_sequence(cu_seqlens)
-    max_seqlen = min(max_seqlen, len(query))
+    max_seqlen = len(query) if max_seqlen is None else min(max_seqlen, len(query))
     bounds = cu_seqlens.to(query.device).contiguous()
     query, key, value = (_aligned(each) for each in (query, key, value))
     if kernel_of(query.device, query.dtype, query.size(-1), dropout_p) == "flash":

@@ -375,7 +375,8 @@ def packed_attention(
         if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
             cast = qkv.to(torch.get_autocast_dtype(qkv.device.type))
         if cuda_attention.has_kernel(cast, cu_seqlens, max_seqlen, scale=scale, dropout_p=p):
-            check_sequences(cu_seqlens, len(qkv), max_seqlen)
+            longest = check_sequences(cu_seqlens, len(qkv), max_seqlen)
+            max_seqlen = longest if max_seqlen is None else max_seqlen
             query, key, value = cast.unbind(1)
             return cuda_attention.attend(
                 query, key, value, cu_seqlens, max_seqlen, scale=scale, causal=causal, dropout_p=p

@@ -76,10 +76,10 @@ def packing_of_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None
     Raises RuntimeError or ValueError, as ``functional.packed_attention`` does, for bounds that are not of ``tokens``
     tokens; of their values nothing where the call ``is_recorded``.
     """
-    check_sequences(cu_seqlens, tokens, max_seqlen)
+    longest = check_sequences(cu_seqlens, tokens, max_seqlen)
     batch_size = cu_seqlens.numel() - 1
     if max_seqlen is None:
-        max_seqlen = longest_sequence(cu_seqlens)
+        max_seqlen = longest if longest is not None else int(cu_seqlens.diff().max()) if batch_size else 0
     positions = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.bucketize(positions, cu_seqlens[1:], right=True)
     indices = sequence * max_seqlen + positions - cu_seqlens[sequence]
@@ -94,30 +94,28 @@ def is_recorded(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def longest_sequence(cu_seqlens: Tensor) -> int:
-    """The length of the longest sequence, read from its bounds."""
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-
-
-def check_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> None:
-    """Raises what ``packing_of_sequences`` does."""
+def check_sequences(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> int | None:
+    """The longest sequence's length; None where the call ``is_recorded``. Raises what ``packing_of_sequences`` does."""
     if cu_seqlens.dtype != torch.int32:
         raise RuntimeError(f"Expected cu_seqlens of dtype int32, but got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise RuntimeError(f"Expected cu_seqlens of shape (sequences + 1,), but got {tuple(cu_seqlens.shape)}")
     if is_recorded(cu_seqlens):
-        return
+        return None
     bounds = cu_seqlens.tolist()
     if (bounds[0], bounds[-1]) != (0, tokens):
         raise ValueError(
             f"Expected cu_seqlens from 0 to the number of tokens, {tokens}, but got cu_seqlens from {bounds[0]} to "
             f"{bounds[-1]}"
         )
+    longest = 0
     for begin, end in pairwise(bounds):
         if end < begin:
             raise ValueError(f"Expected cu_seqlens to ascend, but got {begin} before {end}")
         if max_seqlen is not None and end - begin > max_seqlen:
             raise ValueError(f"Expected no sequence longer than max_seqlen, {max_seqlen}, but got one of {end - begin}")
+        longest = max(longest, end - begin)
+    return longest
 
 
 def pack(x: Tensor, packing: Packing) -> Tensor:

@@ -27,8 +27,6 @@ from ..engine.encode import encode_padded
 from ..engine.packing import (
     check_sequences,
     equal_bounds,
-    is_recorded,
-    longest_sequence,
     pack,
     packing_of,
     packing_of_sequences,
@@ -114,10 +112,9 @@ def encode_sequences(
         record(stack.module, "packed")
         on_gpu = cuda_attention.is_gpu(tokens.device)
         if max_seqlen is not None or on_gpu:  # all else is checked where it is read
-            check_sequences(cu_seqlens, len(tokens), max_seqlen)
-        if on_gpu:  # once for all layers: both would wait for the GPU
-            if max_seqlen is None and not is_recorded(tokens):
-                max_seqlen = longest_sequence(cu_seqlens)
+            longest = check_sequences(cu_seqlens, len(tokens), max_seqlen)
+            max_seqlen = longest if max_seqlen is None else max_seqlen
+        if on_gpu:  # once for all layers
             cu_seqlens = cu_seqlens.to(tokens.device)
         pattern = AttentionPattern(is_causal=is_causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return stack.run(tokens, pattern, owns_x=False)

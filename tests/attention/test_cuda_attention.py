@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from resnorm_ext import cuda_attention
 from resnorm_ext.functional import packed_attention
-from resnorm_ext.modules import TransformerEncoder, TransformerEncoderLayer
+from resnorm_ext.modules import TransformerEncoder, TransformerEncoderLayer, encoder_paths
 
 from .cases import HALF, KERNEL_DTYPES, LENGTHS, batch, cumulative, formula, gradient, random_like
 from .emulation import emulated
@@ -303,13 +303,16 @@ def test_on_a_made_up_gpu(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_layers_read_the_longest_sequence_once(dtype, monkeypatch):
-    read = []
-    longest = cuda_attention.longest_sequence
-    monkeypatch.setattr(cuda_attention, "longest_sequence", lambda bounds: read.append(bounds) or longest(bounds))
+def test_layers_read_the_bounds_once(dtype, monkeypatch):
+    """Each time would wait for the GPU."""
+    read, given = [], []
+    check, attend = encoder_paths.check_sequences, cuda_attention.attend
+    monkeypatch.setattr(encoder_paths, "check_sequences", lambda *args: read.append(args) or check(*args))
+    monkeypatch.setattr(cuda_attention, "attend", lambda *args, **kw: given.append(args[4]) or attend(*args, **kw))
     layer = TransformerEncoderLayer(16, 2, 32, batch_first=True, dtype=dtype)
     encoder = TransformerEncoder(layer, 3, enable_nested_tensor=False)
     tokens = torch.randn(sum(SEQUENCES), 16).to(dtype)
     with emulated() as calls:
-        encoder(tokens, cu_seqlens=cumulative(SEQUENCES), max_seqlen=64).sum().backward()
-    assert calls == {"_flash_attention_forward": 3, "_flash_attention_backward": 3} and not read
+        encoder(tokens, cu_seqlens=cumulative(SEQUENCES)).sum().backward()
+    assert calls == {"_flash_attention_forward": 3, "_flash_attention_backward": 3}
+    assert len(read) == 1 and given == 3 * [max(SEQUENCES)]

@@ -74,6 +74,11 @@ class Kernel(ABC):
     def groups(self) -> int:
         return self.plan["threads"] // self.plan["row_threads"]
 
+    @property
+    def barrier_bytes(self) -> int:
+        """Of shared memory, as plan.h counts them."""
+        return 16 if self.plan["cluster"] > 1 else 0
+
     def tensor_at(self, address: int) -> str:
         return tensor_at(self.arguments_type, address)
 
@@ -122,7 +127,7 @@ class ForwardKernel(Kernel):
     def launch(self, rows: int) -> Launch:
         blocks = -(-rows // self.groups) * self.plan["cluster"]
         slots = 3 * self.warps * self.plan["cluster"] if self.groups == 1 else 0
-        return Launch(blocks, -(-blocks // MULTIPROCESSORS), slots * 4)
+        return Launch(blocks, -(-blocks // MULTIPROCESSORS), self.barrier_bytes + slots * 4)
 
     def arguments(self, rows: int) -> ctypes.Structure:
         adds, drops = "residual sum" if self.adds else "", "seed" if self.drops else ""
@@ -161,8 +166,9 @@ class BackwardKernel(Kernel):
 
     def launch(self, rows: int) -> Launch:
         cluster = self.plan["cluster"]
-        slots = self.groups * 2 * 3 * self.plan["row_threads"] // WARP * cluster
-        return Launch(MULTIPROCESSORS // cluster * cluster, 1, self.staged_bytes + slots * 4)
+        sums = 4 if cluster > 1 else 3  # one vector, so that one asynchronous store sends them
+        slots = self.groups * 2 * sums * self.plan["row_threads"] // WARP * cluster
+        return Launch(MULTIPROCESSORS // cluster * cluster, 1, self.staged_bytes + self.barrier_bytes + slots * 4)
 
     @property
     def stage_bytes(self) -> int:
