@@ -126,7 +126,8 @@ def attend(
 @assume_constant_result
 def _architecture(device: torch.device) -> tuple[int, int] | None:
     """The compute capability; None where ``device`` is no NVIDIA GPU."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    # What torch.fx puts in a device's place can be asked nothing.
+    if not isinstance(device, torch.device) or device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
 
