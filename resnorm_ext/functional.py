@@ -156,7 +156,9 @@ def add_layer_norm(
             differentiable.
 
     Returns:
-        ``y`` in the input's dtype; with ``prenorm`` the pair ``(y, s)``.
+        ``y`` in the input's dtype; with ``prenorm`` the pair ``(y, s)``. ``y`` is of the exact sum, ``s`` that sum
+        rounded: where a float16 ``s`` overflows, ``y`` does not, but its row's gradients are Inf or NaN, so that a
+        GradScaler skips the step.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.

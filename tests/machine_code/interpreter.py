@@ -65,7 +65,7 @@ def do_nothing(lane: Lane, instruction: Instruction) -> None:
 # What orders, synchronizes or prepares, whatever its modifiers: for a lane alone it is as if nothing happened.
 WITHOUT_EFFECT = {
     *("NOP", "BSSY", "BSYNC", "WARPSYNC", "YIELD", "BAR", "UCGABAR_ARV", "UCGABAR_WAIT"),
-    *("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE"),
+    *("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE", "PREEXIT"),
 }
 
 EFFECTS: dict[str, tuple[Effect, str]] = {

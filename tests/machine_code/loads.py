@@ -28,7 +28,7 @@ class Loads:
 
     def __init__(self) -> None:
         self.waits: list[Wait] = []
-        self._count = 0
+        self.count = 0
         self._count_at_wait = 0  # how many there were when a lane last waited
         self._outstanding: list[Load] = []
         self._writes: dict[str, Load] = {}  # by register
@@ -66,12 +66,12 @@ class Loads:
     def _wait(self, step: int, loads: tuple[Load, ...], outstanding: tuple[Load, ...]) -> None:
         is_dependent = any(load.number > self._count_at_wait for load in loads)
         if is_dependent:
-            self._count_at_wait = self._count
+            self._count_at_wait = self.count
         self.waits.append(Wait(step, is_dependent, loads, outstanding))
 
     def _next(self, address: int, size: int) -> Load:
-        self._count += 1
-        return Load(self._count, address, size)
+        self.count += 1
+        return Load(self.count, address, size)
 
 
 def _flat(groups: Iterable[list[Load]]) -> tuple[Load, ...]:

@@ -109,10 +109,17 @@ def use_transaction_barrier(lane: Lane, instruction: Instruction) -> None:
         lane.write(result, 0)
 
 
+def await_previous_kernel(lane: Lane, instruction: Instruction) -> None:
+    """ACQBULK: what a launch that overlaps the kernel before it must not do earlier is touch global memory."""
+    if lane.loads.count or lane.stored:
+        raise ValueError("global memory was touched before the previous kernel was awaited")
+
+
 _SIZES = " ".join(SIZES)
 
 # By name: what it does, and which modifiers it knows of.
 EFFECTS = {
+    "ACQBULK": (await_previous_kernel, ""),
     "LDC": (load_constant, _SIZES),
     "S2R": (load_special, ""),
     "S2UR": (load_special, ""),

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import layer_norm as torch_layer_norm
 
 from resnorm_ext import reference
-from resnorm_ext.functional import add_layer_norm, bias_activation, layer_norm, residual_add
+from resnorm_ext.functional import add_layer_norm, add_rms_norm, bias_activation, layer_norm, residual_add
 
 from .cases import DTYPES, HALVES, SEED, TORCH_ACTIVATIONS
 
@@ -151,3 +151,17 @@ def test_a_float16_sum_that_overflows_is_normalised_all_the_same():
     y, s = add_layer_norm(input, largest, (64,), prenorm=True)
     assert torch.equal(s, input + largest) and s.isinf().any()
     torch.testing.assert_close(y, torch_layer_norm(input.double() + largest.double(), (64,)).half())
+
+
+@pytest.mark.parametrize("norm", [add_layer_norm, add_rms_norm])
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_a_float16_sum_that_overflows_has_no_finite_gradient(norm, prenorm):
+    """The exact sum is lost by then, and what takes its place must not pass for a gradient; other rows keep theirs."""
+    input, residual = (torch.randn(3, 64).half().requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        input[1, 5], residual[1, 5] = 60000, 50000
+    y = norm(input, residual, (64,), prenorm=prenorm)
+    y = y[0] if prenorm else y
+    assert y.isfinite().all()
+    for gradient in torch.autograd.grad(y.float().square().sum() + y.float().sum(), (input, residual)):
+        assert gradient.isfinite().all(-1).tolist() == [True, False, True] and not gradient[1].isfinite().any()

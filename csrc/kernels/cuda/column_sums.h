@@ -7,11 +7,12 @@
 #include <initializer_list>
 
 #include "../arguments.h"
+#include "plan.h"
 
 namespace resnorm::cuda {
 
-// Adds `partials`, [row_subsets][gradients][cols] of float64 or float32, into the gradients that are not absent.
-cudaError_t finish_column_sums(const void* partials, bool is_float64, int row_subsets, std::int64_t cols,
+// Adds `partials`, [plan.row_subsets][gradients][cols] of float64 or float32, into the gradients that are not absent.
+cudaError_t finish_column_sums(const void* partials, bool is_float64, const Plan& plan, std::int64_t cols,
                                std::initializer_list<Vector> gradients, cudaStream_t stream);
 
 }  // namespace resnorm::cuda

@@ -21,6 +21,7 @@ struct FinishArguments {
 template <class Value>
 RESNORM_KERNEL(kFinishThreads, 1)
 column_sums_finish(const FinishArguments a) {
+  await_previous_kernel();
   constexpr int kSlices = kFinishThreads / 32, kPitch = 33;  // 33: a warp's column meets no bank twice
   auto* const slices = reinterpret_cast<Value*>(shared_memory());
   const int lane = thread_index() % 32, slice = thread_index() / 32;

@@ -4,8 +4,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "device.h"
 #include "primitives.cuh"
@@ -14,6 +16,8 @@ namespace resnorm::cuda {
 
 struct LaunchShape {
   int blocks, cluster, threads, shared_bytes;
+  // It may begin while the kernel before it on the stream ends: it waits by itself, by await_previous_kernel().
+  bool overlaps = false;
 };
 
 // A kernel whose template arguments are forgotten.
@@ -21,7 +25,7 @@ template <class Arguments>
 struct Kernel {
   cudaError_t (*launch)(const LaunchShape& shape, cudaStream_t stream, const Arguments& arguments) = nullptr;
   // How many clusters of this shape the device runs at once, whatever shape.blocks says.
-  cudaError_t (*count_resident_clusters)(LaunchShape shape, const Device& device, int& clusters) = nullptr;
+  cudaError_t (*count_resident_clusters)(const LaunchShape& shape, const Device& device, int& clusters) = nullptr;
 };
 
 #ifdef __CUDACC__
@@ -31,35 +35,51 @@ inline cudaError_t cleared(cudaError_t error) {
   return error;
 }
 
-// A kernel has 48 KiB of shared memory unless it asks for more; asking once for all that there is costs later launches
-// nothing.
-template <auto kernel>
-cudaError_t grant_shared_memory(int bytes) {
-  constexpr int kGrantedBytes = 48 << 10;
-  if (bytes <= kGrantedBytes) return cudaSuccess;
-  constexpr int kDevices = 64;  // one beyond them is asked every time
-  static std::atomic<bool> granted[kDevices] = {};
-  int device = 0, most = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device < kDevices && granted[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess && device < kDevices) granted[device].store(true, std::memory_order_relaxed);
+// What the driver has said, so that it is asked once for each kernel, device and whatever else is in Key.
+template <class Key, class Ask>
+cudaError_t ask_once(std::map<Key, int>& answers, const Key& key, int& answer, const Ask& ask) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  if (const auto known = answers.find(key); known != answers.end()) {
+    answer = known->second;
+    return cudaSuccess;
+  }
+  const auto error = cleared(ask());
+  if (error == cudaSuccess) answers.emplace(key, answer);
   return error;
 }
 
+// A kernel has 48 KiB of shared memory unless it asks for more: for all that there is.
+inline cudaError_t grant_shared_memory(const void* kernel, int bytes) {
+  constexpr int kGrantedBytes = 48 << 10;
+  if (bytes <= kGrantedBytes) return cudaSuccess;
+  int device = 0, most = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return cleared(error);
+  static std::map<std::tuple<const void*, int>, int> granted;
+  return ask_once(granted, {kernel, device}, most, [&] {
+    const auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  });
+}
+
 struct LaunchConfig : cudaLaunchConfig_t {
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
 
   LaunchConfig(const LaunchShape& shape, cudaStream_t on) : cudaLaunchConfig_t{} {
     gridDim = dim3(static_cast<unsigned>(shape.blocks));
     blockDim = dim3(static_cast<unsigned>(shape.threads));
     dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
     stream = on;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    attrs = &cluster;
-    numAttrs = shape.cluster > 1 ? 1 : 0;
+    attrs = attributes;
+    if (shape.cluster > 1) {
+      attributes[numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    }
+    if (shape.overlaps && CUDART_VERSION >= 12030) {  // graphs cannot capture it before
+      attributes[numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
@@ -67,27 +87,38 @@ struct LaunchConfig : cudaLaunchConfig_t {
 
 template <auto kernel, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
-  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return cleared(error);
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  if (const auto error = grant_shared_memory(function, shape.shared_bytes); error != cudaSuccess) return error;
   const LaunchConfig config(shape, stream);
   return cleared(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
+inline cudaError_t count_resident_clusters(const void* kernel, LaunchShape shape, int& clusters) {
+  if (const auto error = grant_shared_memory(kernel, shape.shared_bytes); error != cudaSuccess) return error;
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return cleared(error);
+  static std::map<std::tuple<const void*, int, int, int, int>, int> counted;
+  return ask_once(counted, {kernel, device, shape.cluster, shape.threads, shape.shared_bytes}, clusters, [&] {
+    shape.blocks = shape.cluster;  // the driver refuses a grid that is no multiple of it
+    const LaunchConfig config(shape, nullptr);
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  });
+}
+
 template <auto kernel>
-cudaError_t count_resident_clusters(LaunchShape shape, const Device&, int& clusters) {
-  if (const auto error = grant_shared_memory<kernel>(shape.shared_bytes); error != cudaSuccess) return cleared(error);
-  shape.blocks = shape.cluster;  // the driver refuses a grid that is no multiple of it
-  const LaunchConfig config(shape, nullptr);
-  return cleared(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+cudaError_t count_resident_clusters(const LaunchShape& shape, const Device&, int& clusters) {
+  return count_resident_clusters(reinterpret_cast<const void*>(kernel), shape, clusters);
 }
 #else
 template <auto kernel, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {
-  simt::launch({shape.blocks, shape.cluster, shape.threads, shape.shared_bytes}, [&] { kernel(arguments...); });
+  simt::launch({shape.blocks, shape.cluster, shape.threads, shape.shared_bytes, shape.overlaps},
+               [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
 template <auto kernel>
-cudaError_t count_resident_clusters(LaunchShape shape, const Device& device, int& clusters) {
+cudaError_t count_resident_clusters(const LaunchShape& shape, const Device& device, int& clusters) {
   clusters = device.multiprocessors / shape.cluster;
   return cudaSuccess;
 }

@@ -69,7 +69,8 @@ LaunchShape shape_of(const NormBackward& a, const Plan& plan) {
 
 Plan generic_plan(const NormBackward& a, const Device& device) {
   return {.generic = true,
-          .row_subsets = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors))};
+          .row_subsets = static_cast<int>(std::clamp<std::int64_t>(a.rows, 1, device.multiprocessors)),
+          .overlaps = has_overlapping_kernels(device.architecture)};
 }
 
 template <class Value>
@@ -120,7 +121,7 @@ Plan norm_backward_plan(const NormBackward& a, const Device& device) {
     return generic_plan(a, device);
   }
   Plan plan = backward_plan(static_cast<int>(a.cols), size_of(a.grad_output.dtype), row_bytes_of(a),
-                            alignment.shifted(a.cols) || !weight.aligned(), device.architecture);
+                            alignment.shifted(a.cols) || !weight.aligned(), device.architecture, device.shared_bytes);
   if (plan.generic) return generic_plan(a, device);
   std::int64_t most = device.multiprocessors;
   if (plan.cluster > 1) {
@@ -133,6 +134,7 @@ Plan norm_backward_plan(const NormBackward& a, const Device& device) {
   const std::int64_t apart = plan.shifted ? vector_of(a) : 1;  // subsets are a multiple of it
   const std::int64_t limit = std::max(apart, most / apart * apart);
   plan.row_subsets = static_cast<int>(std::clamp((wanted + apart - 1) / apart * apart, apart, limit));
+  plan.overlaps = has_overlapping_kernels(device.architecture);
   return plan;
 }
 
@@ -147,7 +149,7 @@ cudaError_t norm_backward(const NormBackward& a, const Plan& plan, const std::in
                                      : launch_generic<float>(a, plan.row_subsets, seed, stream);
   if (error != cudaSuccess) return error;
   const auto finish = [&](std::initializer_list<Vector> gradients) {
-    return finish_column_sums(a.workspace, is_float64(a), plan.row_subsets, a.cols, gradients, stream);
+    return finish_column_sums(a.workspace, is_float64(a), plan, a.cols, gradients, stream);
   };
   if (a.centered) {
     return has_input_bias(a) ? finish({a.grad_weight, a.grad_bias, a.grad_input_bias})

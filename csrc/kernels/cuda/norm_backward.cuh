@@ -336,6 +336,7 @@ norm_backward(const NormBackwardArguments a) {
     if (stage == 0) parity = 1 - parity;
   }
   async_wait<0>();
+  begin_next_kernel();
 
   float* const partials = a.partials + static_cast<std::int64_t>(subset) * kSums * a.cols;
   float* const exchange = reinterpret_cast<float*>(shared_memory());  // where rows were staged

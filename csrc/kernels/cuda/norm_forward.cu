@@ -41,6 +41,18 @@ ParameterTypes parameters_of(const NormForward& a) {
   return ParameterTypes(a.input.dtype).with(a.weight).with(a.bias).with(a.input_bias);
 }
 
+LaunchShape shape_of(const NormForward& a, const Plan& plan) {
+  const bool is_block_row = plan.row_threads == plan.threads;
+  const int slots = is_block_row ? slot_size_of(plan, 1) + (a.centered ? slot_size_of(plan, 2) : 0) : 0;
+  const auto blocks = static_cast<int>((a.rows + plan.groups() - 1) / plan.groups()) * plan.cluster;
+  const int shared_bytes = forward_barrier_bytes(plan.cluster > 1) + slots * static_cast<int>(sizeof(float));
+  return {blocks, plan.cluster, plan.threads, shared_bytes, plan.overlaps};
+}
+
+NormForwardKernel kernel_for(const NormForward& a, const Plan& plan) {
+  return kernels_for(a)(plan, a.residual.data != nullptr, a.dropout.threshold > 0);
+}
+
 template <class Value>
 cudaError_t launch_generic(const NormForward& a, const std::int64_t* seed, cudaStream_t stream) {
   constexpr std::int64_t kMaxBlocks = 1 << 20;
@@ -61,24 +73,30 @@ Plan norm_forward_plan(const NormForward& a, const Device& device) {
   }
   const int sum_bytes = a.sum.data == nullptr ? 0 : size_of(a.sum.dtype);
   const int residual_bytes = a.residual.data == nullptr ? 0 : std::max(size_of(a.residual.dtype), sum_bytes);
-  return forward_plan(static_cast<int>(a.cols), size_of(a.input.dtype), residual_bytes, a.dropout.threshold > 0,
-                      alignment.shifted(a.cols) || !parameters.aligned(), device.architecture);
+  Plan plan = forward_plan(static_cast<int>(a.cols), size_of(a.input.dtype), residual_bytes, a.dropout.threshold > 0,
+                           alignment.shifted(a.cols) || !parameters.aligned(), device.architecture);
+  if (plan.generic) return plan;
+  if (plan.cluster > 1) {
+    int clusters = 0;
+    const auto count = kernel_for(a, plan).count_resident_clusters;
+    if (count(shape_of(a, plan), device, clusters) != cudaSuccess || clusters == 0) return {.generic = true};
+  }
+  // A launch of one wave: longer ones would gain nothing.
+  const std::int64_t at_once = std::int64_t{device.multiprocessors} * kThreadsAtOnce / plan.threads;
+  const std::int64_t blocks = (a.rows + plan.groups() - 1) / plan.groups() * plan.cluster;
+  plan.overlaps = has_overlapping_kernels(device.architecture) && blocks <= at_once;
+  return plan;
 }
 
 cudaError_t norm_forward(const NormForward& a, const Plan& plan, const std::int64_t* seed, cudaStream_t stream) {
-  const bool adds = a.residual.data != nullptr;
   if (plan.generic) {
-    const bool is_float64 = a.input.dtype == DType::kFloat64 || (adds && a.sum.dtype == DType::kFloat64);
+    const bool is_float64 =
+        a.input.dtype == DType::kFloat64 || (a.residual.data != nullptr && a.sum.dtype == DType::kFloat64);
     return is_float64 ? launch_generic<double>(a, seed, stream) : launch_generic<float>(a, seed, stream);
   }
-  const auto kernel = kernels_for(a)(plan, adds, a.dropout.threshold > 0);
+  const auto kernel = kernel_for(a, plan);
   if (kernel.launch == nullptr) return cudaErrorInvalidConfiguration;
-  const bool is_block_row = plan.row_threads == plan.threads;
-  const int slots = is_block_row ? slot_size_of(plan, 1) + (a.centered ? slot_size_of(plan, 2) : 0) : 0;
-  const LaunchShape shape = {static_cast<int>((a.rows + plan.groups() - 1) / plan.groups()) * plan.cluster,
-                             plan.cluster, plan.threads,
-                             forward_barrier_bytes(plan.cluster > 1) + slots * static_cast<int>(sizeof(float))};
-  return kernel.launch(shape, stream,
+  return kernel.launch(shape_of(a, plan), stream,
                        {.input = a.input.data,
                         .residual = a.residual.data,
                         .input_bias = a.input_bias.data,

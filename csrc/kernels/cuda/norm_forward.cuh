@@ -47,7 +47,7 @@ inline constexpr int kForwardResidualBytes = !kAdds ? 0
 // Types: ElementTypes.
 template <class Types, int kVector, int kLanes, int kItems, bool kCluster, bool kShifted, bool kCentered, bool kAdds,
           bool kDrops, int kMaxThreads>
-RESNORM_KERNEL(kMaxThreads, 1024 / kMaxThreads)
+RESNORM_KERNEL(kMaxThreads, kThreadsAtOnce / kMaxThreads)
 norm_forward(const NormForwardArguments a) {
   using Input = typename Types::Branch;
   using Residual = typename Types::Residual;
@@ -77,6 +77,7 @@ norm_forward(const NormForwardArguments a) {
     cluster_arrive();
   }
 
+  await_previous_kernel();
   const int step = row_threads * kVector;
   int base = rank * step * kItems + group.thread * kVector;
   if constexpr (kShifted) base -= static_cast<int>((a.first_element + row * a.input_stride) % kVector);

@@ -19,6 +19,7 @@ struct Plan {
   int cluster = 1;         // blocks that share a row
   std::int64_t tiles = 1;  // pieces of a row that go to different blocks, where nothing is summed over a row
   int row_subsets = 0;     // each with its own partial sums of the columns; 0 where there are none
+  bool overlaps = false;   // the last kernel begins while the one before it ends
 
   int groups() const { return threads / row_threads; }  // of threads that share a row
 };
@@ -31,6 +32,9 @@ constexpr bool has_kernels(DType branch, DType residual, DType sum) {
   return same ||
          (sum == DType::kFloat32 && branch != DType::kFloat32 && (residual == DType::kFloat32 || residual == branch));
 }
+
+// Whether a kernel may begin while the one before it ends.
+constexpr bool has_overlapping_kernels(int architecture) { return architecture >= 90; }
 
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kMaxCluster = 8;
@@ -45,6 +49,7 @@ constexpr std::int64_t vectors_of(std::int64_t cols, int vector, bool shifted) {
 // ---- The norms, forward
 
 inline constexpr int kWarpRowThreads = 128;
+inline constexpr int kThreadsAtOnce = 1024;  // of a multiprocessor, at the 64 registers that they may have
 
 // Bytes of shared memory before the slots of the row sums.
 RESNORM_HOST_DEVICE constexpr int forward_barrier_bytes(bool cluster) { return cluster ? 16 : 0; }
@@ -106,7 +111,7 @@ RESNORM_HOST_DEVICE constexpr int backward_barrier_bytes(bool cluster) { return 
 // What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;
 
-// Bytes of shared memory that a block may have.
+// Bytes of shared memory that a block may have, as the driver says too.
 constexpr int max_shared_bytes(int architecture) {
   switch (architecture) {
     case 75:
@@ -143,7 +148,8 @@ inline Staging staging_of(const Plan& plan, int vector, int row_bytes) {
 }
 
 // `gradient_bytes` of an element of the output's gradient.
-inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shifted, int architecture) {
+inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shifted, int architecture,
+                          int shared_bytes) {
   constexpr int kSlotBytes = 8 << 10;  // more than the row sums take
   const int vector = kVectorBytes / gradient_bytes, max_items = kBackwardElements / vector;
   const auto vectors = static_cast<int>(vectors_of(cols, vector, shifted));
@@ -155,8 +161,7 @@ inline Plan backward_plan(int cols, int gradient_bytes, int row_bytes, bool shif
                 .threads = threads / row_threads * row_threads,
                 .cluster = cluster};
   };
-  while (staging_of(plan_of(max_items, 32, 1), vector, row_bytes).total_bytes + kSlotBytes >
-         max_shared_bytes(architecture)) {
+  while (staging_of(plan_of(max_items, 32, 1), vector, row_bytes).total_bytes + kSlotBytes > shared_bytes) {
     threads /= 2;
   }
   if (vectors <= 16 * max_items && !shifted) return plan_of(max_items / 2, 32, 1);

@@ -134,6 +134,20 @@ RESNORM_DEVICE void async_wait() {
 #endif
 }
 
+// Of a launch that overlaps the kernel before it on the stream, every thread calls it before it touches global memory:
+// it waits until that kernel has ended and all that it wrote can be seen. Else it does nothing.
+RESNORM_DEVICE void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Once all blocks have come here or left, a kernel that overlaps this one may begin.
+RESNORM_DEVICE void begin_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // In shared memory, 8 bytes aligned. A phase is complete when one thread has said how many bytes it has and so many
 // have been stored asynchronously with it; the next one begins at once.
 struct TransactionBarrier {

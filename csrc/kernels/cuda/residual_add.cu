@@ -163,7 +163,10 @@ Plan residual_add_backward_plan(const ResidualAddBackward& arguments, const Devi
   const Alignment alignment = alignment_of(a);
   if (kernels_for(a) == nullptr || !alignment.alike()) {
     const auto place = generic_place(a.rows, a.cols, sums ? device.multiprocessors : kMaxRowSubsets);
-    return {.generic = true, .tiles = place.tiles, .row_subsets = static_cast<int>(place.row_subsets)};
+    return {.generic = true,
+            .tiles = place.tiles,
+            .row_subsets = static_cast<int>(place.row_subsets),
+            .overlaps = sums && has_overlapping_kernels(device.architecture)};
   }
   Plan plan =
       elementwise_plan(a.cols, size_of(branch_of(a)), alignment.shifted(a.cols),
@@ -173,6 +176,7 @@ Plan residual_add_backward_plan(const ResidualAddBackward& arguments, const Devi
   const std::int64_t most = sums ? std::max<std::int64_t>(device.multiprocessors / plan.tiles / apart * apart, apart)
                                  : std::numeric_limits<int>::max() / plan.tiles;
   plan.row_subsets = static_cast<int>(std::min((wanted + apart - 1) / apart * apart, most));
+  plan.overlaps = sums && has_overlapping_kernels(device.architecture);
   return plan;
 }
 
@@ -212,7 +216,7 @@ cudaError_t residual_add_backward(const ResidualAddBackward& arguments, const Pl
                          .scale = a.dropout.scale});
   }
   if (error != cudaSuccess || !sums) return error;
-  return finish_column_sums(a.workspace, is_float64(a), plan.row_subsets, a.cols, {a.grad_input_bias}, stream);
+  return finish_column_sums(a.workspace, is_float64(a), plan, a.cols, {a.grad_input_bias}, stream);
 }
 
 }  // namespace resnorm::cuda

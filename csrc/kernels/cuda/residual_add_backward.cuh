@@ -68,6 +68,7 @@ residual_add_backward(const ResidualAddBackwardArguments a) {
     }
   }
   if constexpr (kInputBias) {
+    begin_next_kernel();
     auto* const exchange = reinterpret_cast<float*>(shared_memory());
     store_column_sums<kVector, kItems>(sums, exchange, a.row_threads, first_column_of(subset_row), a.cols,
                                        a.partials + subset * a.cols);

@@ -3,10 +3,10 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <vector>
+#include <map>
+#include <mutex>
 
 #include "../../kernels/cuda/norm_backward.h"
 #include "../../kernels/cuda/norm_forward.h"
@@ -18,19 +18,17 @@ namespace resnorm {
 
 namespace {
 
-const cuda::Device& properties_of(c10::DeviceIndex device) {
-  static const std::vector<cuda::Device> devices = [] {
-    std::vector<cuda::Device> found(c10::cuda::device_count());
-    for (int index = 0; index < static_cast<int>(found.size()); ++index) {
-      int major = 0, minor = 0;
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-      found[index].architecture = 10 * major + minor;
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&found[index].multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    }
-    return found;
-  }();
-  return devices[device];
+// The current device, `index`, asked when it is first used: to ask about others would make contexts on them.
+const cuda::Device& current_device(const char* op, c10::DeviceIndex index) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cuda::Device> devices;
+  const std::lock_guard lock(mutex);
+  if (const auto known = devices.find(index); known != devices.end()) return known->second;
+  cuda::Device found = {};
+  const auto error = cuda::find_device(found);
+  TORCH_CHECK(error == cudaSuccess, op, ": no kernels for ", c10::Device(c10::kCUDA, index), ": ",
+              cudaGetErrorString(error), ". `python -m resnorm_ext info` says what was compiled.");
+  return devices.emplace(index, found).first->second;
 }
 
 template <class Arguments>
@@ -47,7 +45,7 @@ at::Tensor workspace_of(std::size_t bytes, const c10::cuda::CUDAGuard& guard) {
 }  // namespace
 
 CudaKernels::CudaKernels(const char* op, const at::Tensor& tensor)
-    : op_(op), guard_(tensor.device()), device_(properties_of(tensor.device().index())) {}
+    : op_(op), guard_(tensor.device()), device_(current_device(op, tensor.device().index())) {}
 
 Dropout CudaKernels::dropout(double p, const std::optional<at::Tensor>& seed) {
   const auto threshold = dropout_threshold(p);

@@ -42,7 +42,8 @@ cuda::Plan kernel_plan(const std::string& pass, int64_t cols, at::ScalarType dty
   }
   // A residual's gradient comes together with one of the sum, of the residual's type.
   const int sum_bytes = residual_bytes == 0 ? bytes : 2 * residual_bytes;
-  return cuda::backward_plan(static_cast<int>(cols), bytes, bytes + sum_bytes, shifted, architecture);
+  return cuda::backward_plan(static_cast<int>(cols), bytes, bytes + sum_bytes, shifted, architecture,
+                             cuda::max_shared_bytes(architecture));
 }
 
 }  // namespace resnorm

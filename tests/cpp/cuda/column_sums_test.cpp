@@ -21,7 +21,8 @@ TEST_P(ColumnSumsTest, AddsEverySubset) {
         const Matrix partials = Matrix::random(generator, row_subsets, 3 * cols, partial, {});
         Matrix first(1, cols, partial, {}), last(1, cols, kBF16, {});
         const Vector absent = {};
-        ASSERT_EQ(finish_column_sums(partials.const_operand().data, partial == kF64, row_subsets, cols,
+        ASSERT_EQ(finish_column_sums(partials.const_operand().data, partial == kF64,
+                                     Plan{.row_subsets = row_subsets, .overlaps = true}, cols,
                                      {first.vector(), absent, last.vector()}, nullptr),
                   cudaSuccess);
         Values sums(1, 3 * cols), sizes(1, 3 * cols);

@@ -5,13 +5,19 @@
 #include <random>
 
 #include "kernels/arguments.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/plan.h"
 #include "schedules.h"
 
 namespace resnorm::cuda::testing {
 
 inline constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
 inline constexpr std::int64_t kSeed = 0x123456789ABCDEF;
-inline constexpr int kNewest = 90;  // architecture
+
+// sm_90 where nothing else is said.
+constexpr Device device_of(int architecture = 90, int multiprocessors = 4) {
+  return {architecture, multiprocessors, max_shared_bytes(architecture)};
+}
 
 #ifdef __SANITIZE_THREAD__
 // Its vector clocks make a barrier of n threads cost n^2, so whole grids of cases would take ten minutes. It needs few:

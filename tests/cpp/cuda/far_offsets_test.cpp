@@ -71,7 +71,7 @@ cudaError_t run(NormBackwardProblem& problem, Place place, Matrix& workspace, st
   return error;
 }
 
-constexpr Device kDevice = {kNewest, 4};
+constexpr Device kDevice = device_of();
 constexpr int kRowSubsets = 8;  // at most: rows that start anywhere need one for each element of a vector
 constexpr NormForwardProblem::Options forward_options(bool centered) {
   return {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.3};
@@ -132,7 +132,7 @@ LastRows last_rows(Problem problem, std::int64_t elements, const Device& device)
 }
 
 TEST_P(FarOffsetsTest, LastRows) {
-  constexpr Device kHugeDevice = {kNewest, 1 << 29};  // so that blocks are as many as rows in the backward pass too
+  constexpr Device kHugeDevice = device_of(90, 1 << 29);  // so that blocks are as many as rows in the backward pass too
   for (const std::int64_t elements : {std::int64_t{1} << 31, std::int64_t{1} << 32}) {
     for (const auto& [dtype, cols] : kCases) {
       for (const bool centered : {true, false}) {

@@ -82,7 +82,7 @@ struct NormBackwardProblem {
             .grad_input_bias = grad_input_bias.vector()};
   }
 
-  cudaError_t run(const Device& device = {kNewest, 4}) {
+  cudaError_t run(const Device& device = device_of()) {
     NormBackward arguments = this->arguments();
     Bytes workspace(norm_backward_workspace_bytes(arguments, norm_backward_plan(arguments, device)), 0xFF);
     arguments.workspace = workspace.data();

@@ -81,7 +81,7 @@ TEST_P(NormBackwardTest, LongRows) {
     for (const bool centered : {true, false}) {
       Problem problem(generator, {5, cols}, kTypes[0], {},
                       {.centered = centered, .adds = true, .grad_sum = true, .grad_residual = true});
-      ASSERT_EQ(problem.run({architecture, 8}), cudaSuccess);
+      ASSERT_EQ(problem.run(device_of(architecture, 8)), cudaSuccess);
       problem.expect_correct();
     }
   }
@@ -174,10 +174,26 @@ TEST(BackwardWorkspaceTest, HoldsTheSumsOfTheNorm) {
       for (const bool input_bias : {true, false}) {
         Problem problem(generator, {37, 520}, types, {},
                         {.centered = centered, .adds = true, .input_bias = input_bias});
-        const Plan plan = norm_backward_plan(problem.arguments(), {kNewest, 4});
+        const Plan plan = norm_backward_plan(problem.arguments(), device_of());
         const std::size_t sums = 1 + centered + input_bias;
         EXPECT_EQ(norm_backward_workspace_bytes(problem.arguments(), plan),
                   plan.row_subsets * sums * 520 * size_of(problem.accumulation));
+      }
+    }
+  }
+}
+
+// y was computed from the exact sum, which is lost: no gradient of that row is a number that an optimizer may take.
+TEST_P(NormBackwardTest, AFloat16SumThatOverflowedGivesNoFiniteGradient) {
+  for (const std::int64_t cols : {64, 2048}) {
+    for (const bool centered : {true, false}) {
+      Problem problem(generator, {3, cols}, kTypes[4], {}, {.centered = centered, .adds = true, .grad_residual = true});
+      problem.sum.set(1, 5, std::numeric_limits<double>::infinity());
+      ASSERT_EQ(problem.run(), cudaSuccess);
+      for (std::int64_t row = 0; row < 3; ++row) {
+        for (std::int64_t col = 0; col < cols; ++col) {
+          EXPECT_EQ(std::isfinite(problem.grad_input(row, col)), row != 1) << row << ", " << col;
+        }
       }
     }
   }
@@ -190,7 +206,8 @@ TEST(BackwardPlanTest, HoldsEveryRowInTheSharedMemoryThereIs) {
         for (const bool shifted : {false, true}) {
           const int vector = kVectorBytes / bytes;
           for (int cols = 1; cols <= 140000; cols += cols / 50 + 1) {
-            const Plan plan = backward_plan(cols, bytes, row_bytes, shifted, architecture);
+            const Plan plan =
+                backward_plan(cols, bytes, row_bytes, shifted, architecture, max_shared_bytes(architecture));
             if (plan.generic) continue;
             EXPECT_GE(plan.row_threads * plan.items * plan.cluster * vector, cols + (shifted ? vector - 1 : 0));
             EXPECT_EQ(plan.threads % plan.row_threads, 0);

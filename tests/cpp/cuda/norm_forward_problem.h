@@ -73,7 +73,7 @@ struct NormForwardProblem {
             .rstd = rstd.vector().data};
   }
 
-  cudaError_t run(int architecture = kNewest) { return run(arguments(), {architecture, 4}); }
+  cudaError_t run(const Device& device = device_of()) { return run(arguments(), device); }
 
   cudaError_t run(const NormForward& arguments, const Device& device) const {
     return norm_forward(arguments, norm_forward_plan(arguments, device), &kSeed, nullptr);

@@ -88,8 +88,31 @@ TEST_P(NormForwardTest, LongRows) {
     for (const bool centered : {true, false}) {
       Problem problem(generator, {2, cols}, kTypes[0], {},
                       {.centered = centered, .adds = true, .stores_sum = true, .dropout_p = 0.1});
-      ASSERT_EQ(problem.run(architecture), cudaSuccess);
+      ASSERT_EQ(problem.run(device_of(architecture, 8)), cudaSuccess);
       problem.expect_correct();
+    }
+  }
+}
+
+TEST_P(NormForwardTest, LongRowsWhereNoClusterFits) {
+  Problem problem(generator, {2, 20000}, kTypes[0], {}, {});
+  const auto plan_on = [&](int multiprocessors) {
+    return norm_forward_plan(problem.arguments(), device_of(90, multiprocessors));
+  };
+  EXPECT_EQ(plan_on(8).cluster, 4);
+  EXPECT_TRUE(plan_on(2).generic);
+  ASSERT_EQ(problem.run(device_of(90, 2)), cudaSuccess);
+  problem.expect_correct();
+}
+
+// A launch of one wave, where the architecture can: two blocks of 512 threads on each of 4 multiprocessors.
+TEST(ForwardOverlapTest, IsForSmallLaunches) {
+  std::mt19937_64 generator;
+  for (const int architecture : {80, 90, 100}) {
+    for (const std::int64_t rows : {8, 9}) {
+      Problem problem(generator, {rows, 8192}, kTypes[0], {}, {});
+      EXPECT_EQ(norm_forward_plan(problem.arguments(), device_of(architecture)).overlaps,
+                architecture >= 90 && rows == 8);
     }
   }
 }
@@ -122,7 +145,7 @@ TEST_P(NormForwardTest, ResultsMayBeWrittenOverInputs) {
         NormForward arguments = together.arguments();
         arguments.output = together.input.operand();
         arguments.sum = together.residual.operand();
-        ASSERT_EQ(together.run(arguments, {kNewest, 4}), cudaSuccess);
+        ASSERT_EQ(together.run(arguments, device_of()), cudaSuccess);
         EXPECT_EQ(together.input.storage(), apart.output.storage());
         EXPECT_EQ(together.residual.storage(), apart.sum.storage());
       }

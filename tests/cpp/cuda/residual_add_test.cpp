@@ -12,7 +12,7 @@ namespace {
 
 using namespace cpu::testing;
 
-constexpr Device kDevice = {kNewest, 4};
+constexpr Device kDevice = device_of();
 
 struct Types {
   DType branch, residual, sum, parameters;

@@ -326,6 +326,21 @@ TEST_P(SimtFaults, TransactionBarrierInTheWrongPlaceIsAnError) {
   expect_fault({1, 1, 1, 32}, "barrier: .* outside of shared", [&] { cuda::init_barrier(&elsewhere); });
 }
 
+TEST_P(SimtFaults, OverlappedKernelThatIsNotAwaitedIsAnError) {
+  auto buffer = consecutive(4);
+  Launch overlapping{1, 1, 1, 16};
+  overlapping.overlaps = true;
+  const char* const message = "which it overlaps, was not awaited";
+  expect_fault(overlapping, message, [&] { cuda::load_once<Words4>(buffer.data()); });
+  expect_fault(overlapping, message, [&] { cuda::store(buffer.data(), Words4{}); });
+  expect_fault(overlapping, message, [&] { cuda::async_copy16(cuda::shared_memory(), buffer.data()); });
+  expect_fault(overlapping, message, [] {});
+  run(overlapping, [&] {
+    cuda::await_previous_kernel();
+    cuda::load_once<Words4>(buffer.data());
+  });
+}
+
 TEST_P(SimtFaults, MessageSaysWhereAndWhen) {
   expect_fault({4, 1, 64, 0}, "SIMT: barrier 16.*thread [0-9]+ of block [0-9]+, .* order, seed [0-9]+",
                [] { cuda::barrier(16, 64); });

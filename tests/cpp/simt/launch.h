@@ -14,6 +14,7 @@ namespace resnorm::simt {
 // `grid` counts blocks, not clusters.
 struct Launch {
   int grid = 1, cluster = 1, block = 1, shared_bytes = 0;
+  bool overlaps = false;  // the kernel before it, until a thread awaits that
 };
 
 // Which thread goes on when one has to wait.

@@ -28,6 +28,8 @@ std::uint64_t exchange(std::uint64_t bits, int distance, int bytes);
 void meet_warp();
 void meet_barrier(int id, int threads);
 
+void await_previous_kernel();
+
 void arrive_at_cluster();
 void wait_for_cluster();
 

@@ -27,6 +27,7 @@ struct Thread {
   int warp = 0;  // in the cluster
   int barrier_id = 0;
 
+  bool awaited_previous_kernel = false;
   bool arrived_at_cluster = false;                 // and has not waited yet
   unsigned cluster_phase = 0;                      // when it arrived
   unsigned cluster_passes = 0;                     // phases of the cluster's barrier that it knows to be over
@@ -106,7 +107,11 @@ unsigned draw(unsigned limit);
 
 // In operations.cpp: whether the thread may leave now.
 void check_leaving(Thread& thread);
-// In operations.cpp: the barrier whose bytes the thread waits for.
+// In operations.cpp: whether bytes lie in the block's shared memory.
+bool lies_in(const Block& block, const void* at, std::size_t bytes);
+// In transactions.cpp: whether the block may leave now, its last thread being this one.
+void check_transactions(const Block& block);
+// In transactions.cpp: the barrier whose bytes the thread waits for.
 void describe_waiting(const Thread& thread, char* text, std::size_t size);
 
 }  // namespace resnorm::simt

@@ -47,6 +47,9 @@ inline int cluster_blocks() { return simt::current_launch().cluster; }
 inline void cluster_arrive() { simt::arrive_at_cluster(); }
 inline void cluster_wait() { simt::wait_for_cluster(); }
 
+inline void await_previous_kernel() { simt::await_previous_kernel(); }
+inline void begin_next_kernel() {}  // launches follow each other here
+
 // What is in it is the emulation's own affair: see operations.cpp.
 struct TransactionBarrier {
   std::uint64_t state;
