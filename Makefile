@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | format | cpp-test | gpu-check | wheel | clean. PYTHON names the interpreter
+# make demo | test | bench | lint | format | cpp-test | gpu-peers | gpu-check | wheel | clean. PYTHON names the interpreter
 # that .venv is made from, and that gpu-check uses as it is. OUT is where bench and gpu-check write.
 PYTHON ?= python3
 VENV := .venv
@@ -13,9 +13,10 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # What `make bench` installs beside .venv. Results are appended: figures are medians over the runs.
 # The default allocator is measured on the largest cases, which it gives fresh pages at every call.
 PEERS := .venv-bench
+CUDA_PEERS := .venv-bench-cuda
 BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
 
-.PHONY: demo test bench lint format cpp-test gpu-check wheel clean
+.PHONY: demo test bench lint format cpp-test gpu-peers gpu-check wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -53,6 +54,12 @@ cpp-test:
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
 
+# For another Python than PYTHON: PIP_FLAGS="--python-version 3.12 --only-binary=:all:".
+gpu-peers:
+	$(PYTHON) -m pip install --upgrade --target $(CUDA_PEERS) --no-deps $(PIP_FLAGS) -r requirements/bench-cuda.txt
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(PYTHON) -m pip install --upgrade --target $(CUDA_PEERS) --no-deps \
+	  --no-build-isolation flash-attn==2.8.3.post2
+
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(OUT)
 
@@ -60,7 +67,7 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist .venv $(PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
+	rm -rf build dist .venv $(PEERS) $(CUDA_PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
 
 # The two stamps: what is installed follows the requirement files, what is built follows everything it is built from.
 $(VENV)/installed: $(wildcard requirements/*.txt)

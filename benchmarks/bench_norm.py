@@ -67,7 +67,7 @@ CPU_QUICK_GRIDS = [Grid(operation, (F32, BF16), (1, 512, 4 * K), (768,)) for ope
 CUDA_GRIDS = [
     Grid("layer_norm", (BF16,), (32 * K,), (256, 512, 768, K, 2 * K, 4 * K, 8 * K, 16 * K, 32 * K, 64 * K, 128 * K)),
     Grid("layer_norm", (F32,), (4 * K,), (K, 4 * K, 16 * K)),
-    Grid("layer_norm backward", (BF16,), (32 * K,), (K, 2 * K, 4 * K, 8 * K)),
+    Grid("layer_norm backward", (BF16,), (32 * K,), (K, 2 * K, 4 * K, 8 * K, 16 * K)),
     Grid("layer_norm backward", (F32,), (4 * K,), (4 * K, 8 * K, 16 * K)),
     Grid("add_layer_norm with sum", (BF16, F32, MIXED), (16 * K,), (768, K, 4 * K, 8 * K)),
     Grid("add_layer_norm backward", (F32,), (2 * K,), (8 * K, 16 * K, 32 * K)),

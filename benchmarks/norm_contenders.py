@@ -9,9 +9,11 @@ process of its own (onnxruntime_worker.py).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 
 import torch
 import torch.nn.functional as F
@@ -201,16 +203,19 @@ def _quack(x, shape, weight, bias, eps) -> Call:
     return partial(layernorm_fwd, x, weight.float(), bias.float(), eps)
 
 
-def _flash_attn(x, shape, weight, bias, eps) -> Call:
-    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+def _flash_attn_norm() -> Callable:
+    """flash-attn's Triton kernel, also where its attention, which the package imports first, is not compiled."""
+    if "flash_attn" not in sys.modules:
+        sys.modules["flash_attn"] = module_from_spec(find_spec("flash_attn"))
+    return import_module("flash_attn.ops.triton.layer_norm").layer_norm_fn
 
-    return partial(layer_norm_fn, x, weight, bias, eps=eps)
+
+def _flash_attn(x, shape, weight, bias, eps) -> Call:
+    return partial(_flash_attn_norm(), x, weight, bias, eps=eps)
 
 
 def _flash_attn_add(x, r, shape, weight, bias, eps, dropout_p: float = 0.0) -> Call:
-    from flash_attn.ops.triton.layer_norm import layer_norm_fn
-
-    return partial(layer_norm_fn, x, weight, bias, residual=r, eps=eps, dropout_p=dropout_p, prenorm=True)
+    return partial(_flash_attn_norm(), x, weight, bias, residual=r, eps=eps, dropout_p=dropout_p, prenorm=True)
 
 
 # By operation: (name, package) -> bind.

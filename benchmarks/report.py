@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables and plots of kept results: what each goal asked for and what was measured, and every case beside its roof.
+"""Tables of kept results: what each goal asked for and what was measured, and every case beside its roof. In colours
+where rich is installed, with plots where matplotlib is.
 
 python benchmarks/report.py build/bench/*.jsonl --output build/bench
 """
@@ -10,14 +11,12 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from goals import Goal, goals_for
 from norm_operations import Case
-from norm_plots import plot, plot_summary
 from results import COPY, OURS, Cell, Configuration, load
-from rich.console import Console
-from rich.table import Table
 
 Rows = list[tuple[str, ...]]
 
@@ -29,28 +28,52 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", action="store_true", help="show every case in the terminal too")
     options = parser.parse_args(arguments)
     configurations = [c for c in load(options.results) if c.environment["suite"] in ("norm", "activation")]
-    # A terminal's width, or none where the output goes to a file.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
     document = ["# Results"]
     for configuration in configurations:
         title = configuration.title()
         document += ["", f"## {title}", ""]
         goals, cases = goal_rows(configuration), case_rows(configuration)
         if len(goals) > 1:
-            console.print(_terminal(title, goals))
+            show(title, goals)
             document += [*_markdown(goals), ""]
         if options.cases or len(goals) == 1:
-            console.print(_terminal(title, cases))
+            show(title, cases)
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
-            picture = options.output / f"{_file_name(configuration)}.png"
-            plot(configuration, picture)
-            plot_summary(configuration, picture.with_suffix(".svg"))
-            document += [f"![Bandwidth of every contender]({picture.name})", ""]
+            document += draw(configuration, options.output)
         document += _markdown(cases)
     if options.output:
         (options.output / "report.md").write_text("\n".join(document) + "\n", encoding="utf-8")
-        console.print(f"report.md and plots: {options.output}")
+        print(f"report: {options.output / 'report.md'}")
+
+
+def draw(configuration: Configuration, folder: Path) -> list[str]:
+    """Lines for the report."""
+    if find_spec("matplotlib") is None:
+        return []
+    from norm_plots import plot, plot_summary
+
+    picture = folder / f"{_file_name(configuration)}.png"
+    plot(configuration, picture)
+    plot_summary(configuration, picture.with_suffix(".svg"))
+    return [f"![Bandwidth of every contender]({picture.name})", ""]
+
+
+def show(title: str, rows: Rows) -> None:
+    if find_spec("rich") is None:
+        print(title, *_markdown(rows), sep="\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if index else "left")
+    styles = {"yes": "green", "no": "red"}
+    for row in rows[1:]:
+        table.add_row(*row, style=styles.get(row[-1]))
+    # A terminal's width, or none where the output goes to a file.
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
 
 
 def goal_rows(configuration: Configuration) -> Rows:
@@ -113,16 +136,6 @@ def _figure(value: float | None, goal: Goal) -> str:
         return "–"
     number = f"{value:.2g}" if value < 1e-2 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
     return f"{number}{'' if goal.unit == '×' else ' '}{goal.unit}".rstrip()
-
-
-def _terminal(title: str, rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
-    styles = {"yes": "green", "no": "red"}
-    for row in rows[1:]:
-        table.add_row(*row, style=styles.get(row[-1]))
-    return table
 
 
 def _markdown(rows: Rows) -> Iterable[str]:

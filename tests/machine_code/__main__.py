@@ -25,16 +25,19 @@ def main() -> None:
     toolkit, reason = toolchain.find_toolkit()
     if toolkit is None:
         raise SystemExit(reason)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_kernels(KERNELS, toolkit, Path(folder), root)
-    rows, failures = [["kernel", "plan", *(field.name for field in dataclasses.fields(Counts))]], []
-    for kernel in KERNELS:
-        try:
-            rows.append(row_of(kernel, count(kernel, compiled[kernel])))
-        except CannotInterpret as error:
-            failures.append(f"{kernel.name}: {error}")
-    print_table(rows)
-    print("\nplan: threads of a block / of those a row's / vectors a thread / blocks of a cluster")
+    failures = []
+    for architecture, kernels in KERNELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = compile_kernels(architecture, toolkit, Path(folder), root)
+        rows = [[f"sm_{architecture}", "plan", *(field.name for field in dataclasses.fields(Counts))]]
+        for kernel in kernels:
+            try:
+                rows.append(row_of(kernel, count(kernel, compiled[kernel])))
+            except CannotInterpret as error:
+                failures.append(f"{kernel.name} on sm_{architecture}: {error}")
+        print_table(rows)
+        print()
+    print("plan: threads of a block / of those a row's / vectors a thread / blocks of a cluster")
     if failures:
         raise SystemExit("\n".join(failures))
 

@@ -16,7 +16,7 @@ import torch
 from resnorm_ext.build import config, toolchain
 
 from .arguments import NormBackwardArguments, NormForwardArguments
-from .kernels import ARCHITECTURE, Kernel
+from .kernels import KERNELS, Kernel
 from .sass import Instruction, disassemble
 
 ROOT = config.CSRC.parent  # of the sources
@@ -33,14 +33,13 @@ class Compiled:
     spilled_bytes: int
 
 
-def compile_kernels(
-    kernels: Sequence[Kernel], toolkit: Path, folder: Path, root: Path = ROOT
-) -> dict[Kernel, Compiled]:
+def compile_kernels(architecture: int, toolkit: Path, folder: Path, root: Path = ROOT) -> dict[Kernel, Compiled]:
     """From the sources below ``root``, by way of files in ``folder``. The plans are those of the built extension."""
+    kernels = KERNELS[architecture]
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     source.write_text(source_of(kernels))
     flags = [flag for flag in config.NVCC_FLAGS if not flag.startswith("-Xcompiler")]
-    target = [f"-arch=sm_{ARCHITECTURE}", "-cubin", "-Xptxas=-v", f"-I{root}", "-o", cubin]
+    target = [f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", f"-I{root}", "-o", cubin]
     run = subprocess.run([toolkit / "bin" / "nvcc", *flags, *target, source], capture_output=True, text=True)
     if run.returncode != 0:
         raise toolchain.BuildError(f"nvcc failed:\n{run.stderr}")

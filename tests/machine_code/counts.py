@@ -65,6 +65,7 @@ def totals_of_round(kernel: BackwardKernel, compiled: Compiled) -> tuple[Lane, d
 
 def walked(kernel: Kernel, compiled: Compiled, rows: int) -> Lane:
     special_registers = {"SR_TID.X": WARP, "SR_CTAID.X": 0, "SR_CgaCtaId": 0, "SR_SWINHI": 0, "SRZ": 0}
+    special_registers["SR_CgaSize"] = kernel.plan["cluster"] > 1
     lane = Lane(kernel.constants(rows), special_registers)
     walk(lane, compiled.code)
     return lane

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 
 from .integers import COMBINATIONS, COMPARISONS, one_of
 from .lane import MASK, Lane, bits_of, float_of
 from .sass import Instruction
+
+Effect = Callable[[Lane, Instruction], None]
 
 
 def add(lane: Lane, instruction: Instruction) -> None:
@@ -24,6 +27,17 @@ def multiply(lane: Lane, instruction: Instruction) -> None:
 def multiply_add(lane: Lane, instruction: Instruction) -> None:
     to, a, b, c = instruction.operands
     lane.write_real(to, lane.real(a) * lane.real(b) + lane.real(c))
+
+
+def of_pairs(operation: Callable[..., float]) -> Effect:
+    """FADD2, FMUL2, FFMA2: of two numbers each; an operand that is one number counts twice."""
+
+    def effect(lane: Lane, instruction: Instruction) -> None:
+        to, *sources = instruction.operands
+        pairs = [lane.reals(source) for source in sources]
+        lane.write_words(to, [bits_of(operation(*numbers)) for numbers in zip(*pairs)])
+
+    return effect
 
 
 def smaller_or_larger(lane: Lane, instruction: Instruction) -> None:
@@ -112,6 +126,9 @@ EFFECTS = {
     "FADD": (add, "FTZ RZ RM RP"),
     "FMUL": (multiply, "FTZ RZ RM RP"),
     "FFMA": (multiply_add, "FTZ RZ RM RP"),
+    "FADD2": (of_pairs(lambda a, b: a + b), ""),
+    "FMUL2": (of_pairs(lambda a, b: a * b), ""),
+    "FFMA2": (of_pairs(lambda a, b, c: a * b + c), ""),
     "FMNMX": (smaller_or_larger, "FTZ"),
     "FSEL": (select, "FTZ"),
     "FSETP": (compare, f"{_COMPARE} FTZ"),

@@ -164,6 +164,12 @@ def absolute(lane: Lane, instruction: Instruction) -> None:
     lane.write(to, abs(lane.signed(source)))
 
 
+def find_leading_one(lane: Lane, instruction: Instruction) -> None:
+    """FLO: the place of the highest bit."""
+    to, source = instruction.operands
+    lane.write(to, lane.unsigned(source).bit_length() - 1)
+
+
 def move(lane: Lane, instruction: Instruction) -> None:
     *_, to, source = instruction.operands
     lane.write(to, lane.unsigned(source))
@@ -242,6 +248,7 @@ EFFECTS = {
     "VIMNMX": (smaller_or_larger, "U32"),
     "VIADDMNMX": (smaller_or_larger, "U32"),
     "IABS": (absolute, ""),
+    "FLO": (find_leading_one, "U32"),
     "MOV": (move, ""),
     "R2UR": (move, ""),
     "PRMT": (permute, ""),

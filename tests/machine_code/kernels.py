@@ -6,9 +6,9 @@ from __future__ import annotations
 import ctypes
 import struct
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -18,9 +18,30 @@ from .arguments import NormBackwardArguments, NormForwardArguments, tensor_at, w
 from .lane import ConstantBank
 from .occupancy import WARP
 
-ARCHITECTURE = 90
 MULTIPROCESSORS = 132
 VECTOR_BYTES = 16
+
+
+class Constants(NamedTuple):
+    """Addresses in constant memory."""
+
+    block: int  # its threads
+    grid: int  # its blocks
+    cluster: int  # its blocks
+    has_clusters: int  # whether launched as clusters; on sm_100 how many blocks those have, again
+    stack: int
+    global_memory: int
+    arguments: int
+
+
+CONSTANTS = {
+    90: Constants(
+        block=0x0, grid=0xC, cluster=0x188, has_clusters=0x140, stack=0x28, global_memory=0x208, arguments=0x210
+    ),
+    100: Constants(
+        block=0x360, grid=0x370, cluster=0x36C, has_clusters=0x22C, stack=0x37C, global_memory=0x358, arguments=0x380
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class Kernel(ABC):
     dtype: torch.dtype
     adds: bool = False  # a residual, and the sum is stored
     drops: bool = False
+    architecture: int = 90
 
     direction: ClassVar[str]
     arguments_type: ClassVar[type[ctypes.Structure]]
@@ -57,7 +79,7 @@ class Kernel(ABC):
     @cached_property
     def plan(self) -> dict:
         options = {"residual_dtype": self.dtype if self.adds else None, "dropout": self.drops}
-        plan = extension.kernel_plan(self.function, self.columns, self.dtype, architecture=ARCHITECTURE, **options)
+        plan = extension.kernel_plan(self.function, self.columns, self.dtype, architecture=self.architecture, **options)
         if plan["generic"] or plan["shifted"]:
             raise ValueError(f"{self.name}: {plan['description']} is not a plan whose kernel is counted here")
         return plan
@@ -94,17 +116,17 @@ class Kernel(ABC):
     def arguments(self, rows: int) -> ctypes.Structure: ...
 
     def constants(self, rows: int) -> ConstantBank:
-        """Where the hardware and the compiler of ARCHITECTURE expect them."""
-        cluster = self.plan["cluster"]
+        """Where the hardware and the compiler of the architecture expect them."""
+        place, cluster = CONSTANTS[self.architecture], self.plan["cluster"]
         return ConstantBank(
             {
-                0x0: struct.pack("<3I", self.plan["threads"], 1, 1),
-                0xC: struct.pack("<3I", self.launch(rows).blocks, 1, 1),
-                0x28: struct.pack("<Q", 1 << 24),  # the stack
-                0x140: struct.pack("<I", cluster > 1),  # whether launched as clusters
-                0x188: struct.pack("<I", cluster),
-                0x208: struct.pack("<Q", 0),  # of global memory
-                0x210: bytes(self.arguments(rows)),
+                place.block: struct.pack("<3I", self.plan["threads"], 1, 1),
+                place.grid: struct.pack("<3I", self.launch(rows).blocks, 1, 1),
+                place.cluster: struct.pack("<I", cluster),
+                place.has_clusters: struct.pack("<I", cluster if self.architecture >= 100 else cluster > 1),
+                place.stack: struct.pack("<I", 1 << 24),
+                place.global_memory: struct.pack("<Q", 0),
+                place.arguments: bytes(self.arguments(rows)),
             }
         )
 
@@ -199,7 +221,7 @@ class BackwardKernel(Kernel):
         )
 
 
-KERNELS: tuple[Kernel, ...] = (
+_OF_ONE_ARCHITECTURE: tuple[Kernel, ...] = (
     *(ForwardKernel(columns, torch.bfloat16) for columns in (768, 1024, 4096, 16384, 65536)),
     *(ForwardKernel(columns, torch.float32) for columns in (4096, 16384)),
     ForwardKernel(4096, torch.bfloat16, adds=True),
@@ -207,3 +229,8 @@ KERNELS: tuple[Kernel, ...] = (
     *(BackwardKernel(columns, torch.bfloat16) for columns in (1024, 16384)),
     *(BackwardKernel(columns, torch.float32) for columns in (4096, 16384)),
 )
+
+KERNELS = {
+    architecture: tuple(replace(kernel, architecture=architecture) for kernel in _OF_ONE_ARCHITECTURE)
+    for architecture in CONSTANTS
+}

@@ -80,6 +80,12 @@ class Lane:
         value = abs(value) if operand.absolute else value
         return -value if operand.sign == "-" else value
 
+    def reals(self, operand: Operand) -> list[float]:
+        """Of a pair of registers, or one number twice."""
+        words = self.words(operand, 2 if operand.is_pair else 1)
+        sign = -1 if operand.sign == "-" else 1
+        return [sign * float_of(word) for word in words] * (1 if operand.is_pair else 2)
+
     def condition(self, operand: Operand) -> bool:
         if operand.kind != "predicate":
             raise ValueError(f"not a predicate: {operand.text}")

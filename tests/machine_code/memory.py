@@ -24,7 +24,7 @@ def number_at(address: int) -> int:
 
 def load_constant(lane: Lane, instruction: Instruction) -> None:
     to, source = instruction.operands
-    value = lane.constants.read(lane.address(source), size_of(instruction))
+    value = lane.constants.read(lane.address(source) & MASK, size_of(instruction))
     lane.write_words(to, [value >> 32 * i & MASK for i in range(words_of(instruction))])
 
 
@@ -121,6 +121,7 @@ _SIZES = " ".join(SIZES)
 EFFECTS = {
     "ACQBULK": (await_previous_kernel, ""),
     "LDC": (load_constant, _SIZES),
+    "LDCU": (load_constant, _SIZES),
     "S2R": (load_special, ""),
     "S2UR": (load_special, ""),
     "CS2R": (load_special, "32"),

@@ -16,14 +16,14 @@ ALWAYS = "PT"  # the predicate of an instruction that has none
 
 @dataclass(frozen=True)
 class Operand:
-    """For example R4, -|R4|, ~R4, R4.64, UR4, RZ, P0, !P0, 0x10, 0.5, +INF, c[0x0][0x210], [R2+UR4+0x8],
-    desc[UR4][R2.64], SR_TID.X."""
+    """For example R4, -|R4|, ~R4, R4.64, R4.F32x2.HI_LO, R4.F32, UR4, RZ, P0, !P0, 0x10, 0.5, +INF, c[0x0][0x210],
+    [R2+UR4+0x8], desc[UR4][R2.64], SR_TID.X."""
 
     kind: str  # register, predicate, constant, address, immediate, name
     text: str  # without signs and suffixes
     sign: str = ""  # - or ~ or !
     absolute: bool = False
-    is_pair: bool = False  # of registers: .64
+    is_pair: bool = False  # of registers: .64, .F32x2.HI_LO
     terms: tuple[Operand, ...] = ()  # whose sum is the place, of a constant or an address
 
 
@@ -93,7 +93,7 @@ def _operand(text: str) -> Operand:
         raise ValueError(f"an operand that is not known: {text}")
     kind = next(kind for kind in _KINDS if match[kind] is not None)
     suffixes = set(match["suffixes"].split(".")) - {"", "reuse", "U32"}
-    if kind != "name" and suffixes - {"64"}:
+    if kind != "name" and suffixes - {"64", "F32", "F32x2", "HI_LO"}:
         raise ValueError(f"an operand with a suffix that is not known: {text}")
     terms = match["constant_terms"] or match["address_terms"] or ""
     return Operand(
@@ -101,6 +101,6 @@ def _operand(text: str) -> Operand:
         match[kind],
         sign=match["sign"],
         absolute=match["bar"] == "|",
-        is_pair="64" in suffixes,
+        is_pair=bool(suffixes & {"64", "F32x2"}),
         terms=tuple(_operand(term) for term in re.findall(r"-?[^-+]+", terms)),
     )

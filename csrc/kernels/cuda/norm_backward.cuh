@@ -23,6 +23,7 @@
 
 #include "column_sums.cuh"
 #include "dropout.cuh"
+#include "pairs.cuh"
 #include "row_access.cuh"
 #include "row_sum.cuh"
 
@@ -242,7 +243,7 @@ norm_backward(const NormBackwardArguments a) {
     const auto read = [&](int i, float (&x)[kVector], float (&weighted)[kVector]) {
       StagedX::unpack(StagedX::read(staged_x(stage), i), x);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[k] -= mean;
+      for (int k = 0; k < kVector; k += 2) put_pair(x, k, pair_at(x, k) + both(-mean));
       const auto words = StagedGradient::read(staged_gradient(stage), i);
       StagedGradient::unpack(words, weighted);
       float weight[kVector];
@@ -253,7 +254,7 @@ norm_backward(const NormBackwardArguments a) {
       }
       if (a.weight != nullptr) {
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) weighted[k] *= weight[k];
+        for (int k = 0; k < kVector; k += 2) put_pair(weighted, k, pair_at(weighted, k) * pair_at(weight, k));
       }
       return words;
     };
@@ -261,7 +262,7 @@ norm_backward(const NormBackwardArguments a) {
     async_wait<kBackwardStages - 1>();
     float kept_x[kKeeps ? kItems : 1][kVector], kept_weighted[kKeeps ? kItems : 1][kVector];
     Words<kVector * sizeof(Gradient)> gradient_words[kKeepsGradient ? kItems : 1];
-    float totals[kRowSums] = {};  // of g * (x - mean), g, x - mean; the first alone where the mean is 0
+    PairSum row_sums[kRowSums];  // of g * (x - mean), g, x - mean; the first alone where the mean is 0
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!live || !is_inside(i)) continue;
@@ -269,15 +270,24 @@ norm_backward(const NormBackwardArguments a) {
       auto& weighted = kept_weighted[kKeeps ? i : 0];
       gradient_words[kKeepsGradient ? i : 0] = read(i, x, weighted);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        totals[0] += weighted[k] * x[k];
+      for (int k = 0; k < kVector; k += 2) {
+        Pair deviation = pair_at(x, k);
+        const Pair g = pair_at(weighted, k);
+        row_sums[0].add_product(g, deviation);
         if constexpr (kCentered) {
-          totals[1] += weighted[k];
-          const auto column = static_cast<unsigned>(column_of(i) + k);  // a column before the row is a huge one
-          totals[2] += kShifted && column >= static_cast<unsigned>(a.cols) ? 0.0F : x[k];  // there alone all count
+          row_sums[1].add(g);
+          if constexpr (kShifted) {  // only there a vector has elements that do not count
+            const auto column = static_cast<unsigned>(column_of(i) + k);  // a column before the row is a huge one
+            if (column >= static_cast<unsigned>(a.cols)) deviation.lower = 0.0F;
+            if (column + 1 >= static_cast<unsigned>(a.cols)) deviation.upper = 0.0F;
+          }
+          row_sums[2].add(deviation);
         }
       }
     }
+    float totals[kRowSums];
+#pragma unroll
+    for (int sum = 0; sum < kRowSums; ++sum) totals[sum] = row_sums[sum].total();
     if constexpr (kKeepsGradient) fetch(later_row, stage);
     group.sum(totals, SumSlot<float>{slots + stage * slot_size, barriers + stage, parity});
     float delta = 0.0F, mean_g = 0.0F;
@@ -306,11 +316,19 @@ norm_backward(const NormBackwardArguments a) {
         for (int k = 0; k < kVector; ++k) result[k] = 0.0F;
       }
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        const float normalized = kCentered ? x[k] * rstd + offset : x[k] * rstd;
-        sums[0][i][k] += gradient[k] * normalized;
-        if constexpr (kCentered) sums[1][i][k] += gradient[k];
-        result[k] += weighted[k] * rstd + (kCentered ? normalized * slope + constant : normalized * slope);
+      for (int k = 0; k < kVector; k += 2) {
+        const Pair output_gradient = pair_at(gradient, k), rstds = both(rstd), slopes = both(slope);
+        Pair normalized = pair_at(x, k), change;
+        if constexpr (kCentered) {
+          normalized = multiply_add(normalized, rstds, both(offset));
+          change = multiply_add(normalized, slopes, both(constant));
+          put_pair(sums[1][i], k, pair_at(sums[1][i], k) + output_gradient);
+        } else {
+          normalized = normalized * rstds;
+          change = normalized * slopes;
+        }
+        put_pair(sums[0][i], k, multiply_add(output_gradient, normalized, pair_at(sums[0][i], k)));
+        put_pair(result, k, pair_at(result, k) + multiply_add(pair_at(weighted, k), rstds, change));
       }
       if (kAdds && a.grad_residual != nullptr) {
         auto* to = grad_residual_rows.at(a.grad_residual_stride, row, thread_column) + i * step;
@@ -324,7 +342,9 @@ norm_backward(const NormBackwardArguments a) {
       }
       if constexpr (kInputBias) {
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) sums[kSums - 1][i][k] += result[k];
+        for (int k = 0; k < kVector; k += 2) {
+          put_pair(sums[kSums - 1][i], k, pair_at(sums[kSums - 1][i], k) + pair_at(result, k));
+        }
       }
     }
     grad_input_rows.move(row_step * a.grad_input_stride);

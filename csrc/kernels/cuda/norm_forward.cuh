@@ -16,6 +16,7 @@
 #pragma once
 
 #include "dropout.cuh"
+#include "pairs.cuh"
 #include "plan.h"
 #include "row_access.cuh"
 #include "row_sum.cuh"
@@ -62,9 +63,10 @@ norm_forward(const NormForwardArguments a) {
   const int row_threads = kLanes == 0 ? block_threads() : kLanes;
   const RowGroup<kLanes, kCluster> group{kLanes == 0 ? thread_index() : thread_index() % kLanes, row_threads, 1};
   const int rank = kCluster ? cluster_rank() : 0;
-  const std::int64_t rows_per_block = kLanes == 0 ? 1 : block_threads() / row_threads;
-  const std::int64_t row = kLanes == 0 ? block_index() / (kCluster ? cluster_blocks() : 1)
-                                       : block_index() * rows_per_block + thread_index() / row_threads;
+  const std::int64_t first_row = kCluster      ? cluster_index()
+                                 : kLanes == 0 ? block_index()
+                                               : std::int64_t{block_index()} * (block_threads() / kLanes);
+  const std::int64_t row = first_row + (kLanes == 0 ? 0 : thread_index() / row_threads);
   const bool live = row < a.rows;  // threads without a row stay, because shuffles take the whole warp
 
   // In a cluster two barriers, then the slots of both sums.
@@ -115,14 +117,14 @@ norm_forward(const NormForwardArguments a) {
         float addend[kVector];
         ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) x[i][k] += addend[k];
+        for (int k = 0; k < kVector; k += 2) put_pair(x[i], k, pair_at(x[i], k) + pair_at(addend, k));
       };
       if constexpr (!kDrops) add_residual();  // before the bias takes registers, where nothing stands against it
       if (a.input_bias != nullptr && is_inside(i)) {
         float bias[kVector];
         load_parameter<Input, kVector, kShifted>(a.input_bias, a.float32_parameters, column, cols, bias);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) x[i][k] += bias[k];
+        for (int k = 0; k < kVector; k += 2) put_pair(x[i], k, pair_at(x[i], k) + pair_at(bias, k));
       }
       if constexpr (kDrops) {
         apply_dropout<!kShifted>(x[i], row * a.cols + column, seed, a.threshold, a.scale);
@@ -133,7 +135,7 @@ norm_forward(const NormForwardArguments a) {
         store_vector<Sum, kVector, kShifted>(to, column, cols, x[i]);
       }
     }
-    total[0] += kCentered ? sum_of<kVector>(x[i]) : sum_of_squares(x[i]);
+    total[0] += kCentered ? sum_of(x[i]) : sum_of_squares(x[i]);
   }
 
   float* const slots = reinterpret_cast<float*>(shared_memory() + forward_barrier_bytes(kCluster));
@@ -144,22 +146,21 @@ norm_forward(const NormForwardArguments a) {
   float delta = 0.0F, variance = average;  // where the norm is not centered: about zero
   if constexpr (kCentered) {
     // Of the deviations: two chains each, because trees over all vectors would take more registers.
-    float moments[2] = {0.0F, 0.0F}, odd_moments[2] = {0.0F, 0.0F};
+    Pair deviations = both(0.0F), squares = both(0.0F);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const float mean = is_inside(i) ? rounded_mean : 0.0F;  // outside everything is 0 and stays so
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] = is_element(i, k) ? x[i][k] - mean : 0.0F;
-#pragma unroll
       for (int k = 0; k < kVector; k += 2) {
-        moments[0] += x[i][k];
-        moments[1] += x[i][k] * x[i][k];
-        odd_moments[0] += x[i][k + 1];
-        odd_moments[1] += x[i][k + 1] * x[i][k + 1];
+        Pair deviation = pair_at(x[i], k) + both(-mean);
+        if (!is_element(i, k)) deviation.lower = 0.0F;
+        if (!is_element(i, k + 1)) deviation.upper = 0.0F;
+        put_pair(x[i], k, deviation);
+        deviations = deviations + deviation;
+        squares = multiply_add(deviation, deviation, squares);
       }
     }
-    moments[0] += odd_moments[0];
-    moments[1] += odd_moments[1];
+    float moments[2] = {sum_of(deviations), sum_of(squares)};
     group.sum(moments,
               SumSlot<float>{slots + decltype(group)::slot_size(row_threads, kCluster ? cluster_blocks() : 1, 1),
                              barriers + 1});
@@ -224,7 +225,10 @@ norm_forward(const NormForwardArguments a) {
       ElementWords<Input>::template unpack<kVector>(weight_words[j], weights);
       if constexpr (kCentered) ElementWords<Input>::template unpack<kVector>(bias_words[j], biases);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * weights[k] + biases[k];
+      for (int k = 0; k < kVector; k += 2) {
+        const Pair normalized = (pair_at(x[i], k) + both(-delta)) * both(rstd);
+        put_pair(x[i], k, multiply_add(normalized, pair_at(weights, k), pair_at(biases, k)));
+      }
       store_vector<Input, kVector, kShifted>(to + i * step, base + i * step, cols, x[i]);
     }
   }

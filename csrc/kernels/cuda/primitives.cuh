@@ -166,6 +166,9 @@ RESNORM_DEVICE int cluster_blocks() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
   return static_cast<int>(blocks);
 }
+// Which cluster of the grid this is, where all have a power of two of blocks. Not %clusterid: compilers compute that in
+// float32, which is wrong from 2^24 blocks on.
+RESNORM_DEVICE int cluster_index() { return block_index() >> (31 - __clz(cluster_blocks())); }
 // Once all threads have passed both, the blocks of the cluster have started and their TransactionBarriers are there.
 // Orders nothing else: a release here would be a fence for the whole GPU.
 RESNORM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -220,6 +223,7 @@ RESNORM_DEVICE void wait_for_bytes(TransactionBarrier* barrier, int parity) {
 }
 #else
 RESNORM_DEVICE int cluster_rank() { return 0; }
+RESNORM_DEVICE int cluster_index() { return block_index(); }
 RESNORM_DEVICE int cluster_blocks() { return 1; }
 RESNORM_DEVICE void cluster_arrive() {}
 RESNORM_DEVICE void cluster_wait() {}

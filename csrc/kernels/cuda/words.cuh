@@ -113,22 +113,4 @@ struct ElementWords<__half> {
   }
 };
 
-// A tree: a shorter chain of dependent additions than a loop, and a smaller error.
-template <int kCount>
-RESNORM_DEVICE float sum_of(const float* values) {
-  if constexpr (kCount == 1) {
-    return values[0];
-  } else {
-    return sum_of<kCount / 2>(values) + sum_of<kCount - kCount / 2>(values + kCount / 2);
-  }
-}
-
-template <int kCount>
-RESNORM_DEVICE float sum_of_squares(const float (&values)[kCount]) {
-  float squares[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) squares[i] = values[i] * values[i];
-  return sum_of<kCount>(squares);
-}
-
 }  // namespace resnorm::cuda

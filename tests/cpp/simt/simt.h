@@ -43,6 +43,7 @@ inline void warp_barrier() { simt::meet_warp(); }
 inline void barrier(int id, int threads) { simt::meet_barrier(id, threads); }
 
 inline int cluster_rank() { return simt::position().rank; }
+inline int cluster_index() { return block_index() / simt::current_launch().cluster; }
 inline int cluster_blocks() { return simt::current_launch().cluster; }
 inline void cluster_arrive() { simt::arrive_at_cluster(); }
 inline void cluster_wait() { simt::wait_for_cluster(); }
