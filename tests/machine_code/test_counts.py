@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the machine code of sm_90 and sm_100 has a GPU do for an element, and how many of them it has under way: a change
-of the kernels that costs more fails here. From tests/, ``python -m machine_code`` prints it all. Needs nvcc, no GPU."""
+"""What the machine code of sm_90 and sm_100 has a GPU do for an element, and how many it has under way: a change of the
+kernels that costs more fails here. From tests/, ``python -m machine_code`` prints it all. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AT_LEAST = ("warps", "kib_in_flight")  # at most: all others
 # fmt: off
 BOUNDS = {
     90: {
-        #                                            instructions registers  warps  KiB in flight  waits  fences  flushes
+        #                                            instructions registers warps  KiB in flight  waits  fences  flushes
         "forward bfloat16 768":                Bounds(18.5,           64,      32,       48,         2,      0,      0),
         "forward bfloat16 1024":               Bounds(17.0,           64,      32,       64,         2,      0,      0),
         "forward bfloat16 4096":               Bounds(20.0,           64,      32,       64,         2,      0,      0),
