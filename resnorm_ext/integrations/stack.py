@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from .. import cuda_attention
 from ..build.extension import assume_constant_result
 from ..engine.encode import encode_padded
-from ..engine.packing import Packing, pack, unpack
+from ..engine.packing import Packing, is_recorded, pack, unpack
 from ..engine.prepared import PREPARED, PreparedLayers, prepared_layers
 from ..engine.spec import LayerOptions
 from ..modules.calls import record
@@ -126,6 +126,9 @@ def layers_to_run(stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: d
     return stack.attention_reason(layers.configs) or layers
 
 
+UNREAD = "a CUDA graph records the call, so the mask cannot be read"
+
+
 def layers_of_call(
     stack: LayerStack,
     x: Tensor,
@@ -171,6 +174,8 @@ def batch_of(
 ) -> PackedBatch | str:
     """What a call packs of a batch of ``(batch_size, length)`` on ``device`` whose keys ``key_mask`` hides where False;
     or why it does not."""
+    if key_mask is not None and is_recorded(key_mask):
+        return UNREAD
     reason = padding_reason(stack, key_mask)
     if reason is not None:
         return reason
@@ -191,6 +196,8 @@ def packed_batch(
         return f"the input is of shape {tuple(x.shape)}"
     key_mask = None
     if attention_mask is not None:
+        if is_recorded(attention_mask):
+            return UNREAD
         if attention_mask.dtype == torch.bool and layers.configs[0]._attn_implementation != "sdpa":
             return "the attention adds its mask to the scores, and this one is bool"
         key_mask = key_mask_of(attention_mask, *x.shape[:2])

@@ -102,6 +102,24 @@ def test_torch_encoder(encoder, dtype):
     check(encoder, call, dtype)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_bert_in_a_graph(bert, masked):
+    """Of a fixed shape: without a mask packed, with one as transformers records it."""
+    model = accelerate(copy.deepcopy(bert).to(torch.bfloat16)).eval()
+    batches = [torch.randint(1, 1000, (BATCH, LENGTH), device=DEVICE) for _ in range(2)]
+    options = {"attention_mask": real_positions().long()} if masked else {}
+    with torch.no_grad():
+        expected = [model(ids, **options).last_hidden_state for ids in batches]
+        graph, given = torch.cuda.CUDAGraph(), batches[0].clone()
+        with torch.cuda.graph(graph):
+            output = model(given, **options).last_hidden_state
+        for ids, reference in zip(batches, expected, strict=True):
+            given.copy_(ids)
+            graph.replay()
+            real = real_positions() if masked else slice(None)
+            torch.testing.assert_close(output[real], reference[real], rtol=2e-2, atol=2e-2)
+
+
 def test_dropout_of_an_accelerated_model_is_reproducible(bert):
     model = accelerate(copy.deepcopy(bert)).train()
     ids = torch.randint(1, 1000, (BATCH, LENGTH)).to(DEVICE)

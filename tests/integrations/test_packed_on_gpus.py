@@ -4,6 +4,7 @@ packed attention are emulated (tests/attention/emulation.py), all else is what r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from attention.emulation import emulated
 from torch import Tensor, nn
 
 from resnorm_ext.engine.prepared import PREPARED
+from resnorm_ext.integrations import stack
 
 from .families import taken
 from .packed_cases import (
@@ -147,6 +149,36 @@ def test_what_no_kernel_attends_to(dtype, changes, reason):
     assert not calls and taken(accelerated) == {("original", f"no kernel attends to {reason}")}
     if "attention_probs_dropout_prob" not in changes:
         assert_same_step(actual, step(model, loss))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_waits_for_the_gpu_while_a_graph_records_the_call(family, masked, monkeypatch: pytest.MonkeyPatch):
+    """Nor is a mask read."""
+    model, accelerated = pair_of(build(family, "Model").eval())
+    batch = batch_of() if masked else {"input_ids": batch_of()["input_ids"]}
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        monkeypatch.setattr(stack, "is_recorded", lambda tensor: True)
+        for name in ("tolist", "__bool__", "__int__", "item"):
+            monkeypatch.setattr(Tensor, name, allowed_to_transformers_and_emulation(getattr(Tensor, name)))
+        with emulated():
+            actual = accelerated(**batch)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert taken(accelerated) == ({("original", stack.UNREAD)} if masked else PACKED)
+
+
+def allowed_to_transformers_and_emulation(read: Callable) -> Callable:
+    def checked(tensor: Tensor, *arguments):
+        frame = sys._getframe(1)
+        while frame is not None:  # the first that is of this package, or of the emulation inside of it
+            name = frame.f_globals.get("__name__", "")
+            assert not name.startswith("resnorm_ext."), f"{name}, line {frame.f_lineno}, reads a tensor"
+            if name.startswith(("transformers.", "attention.emulation", "torch.testing")):
+                break
+            frame = frame.f_back
+        return read(tensor, *arguments)
+
+    return checked
 
 
 def test_model_goes_back_to_the_cpu():
