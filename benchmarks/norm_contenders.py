@@ -205,7 +205,9 @@ def _quack(x, shape, weight, bias, eps) -> Call:
 
 def _flash_attn_norm() -> Callable:
     """flash-attn's Triton kernel, also where its attention, which the package imports first, is not compiled."""
-    if "flash_attn" not in sys.modules:
+    try:
+        import_module("flash_attn")
+    except ImportError:
         sys.modules["flash_attn"] = module_from_spec(find_spec("flash_attn"))
     return import_module("flash_attn.ops.triton.layer_norm").layer_norm_fn
 

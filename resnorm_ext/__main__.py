@@ -9,6 +9,8 @@ import sys
 
 COMMANDS = {
     "demo": "encode real text with a real BERT, as it comes and accelerated, and compare",
+    "selftest": "show it to work on this machine: every operator on the CPU and every GPU, against formulas in float64",
+    "bench": "how much faster than PyTorch on this machine",
     "info": "what this installation is built for, what the machine offers and what is in use",
 }
 

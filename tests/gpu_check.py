@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "setuptools", "ninja", "pytest")
 PEERS = ROOT / ".venv-bench-cuda"  # what `make gpu-peers` has installed, for a machine that cannot
-# What is in most doubt is measured first: kernels in clusters, the longest backward pass, and the usual size of both.
+# What is in most doubt is measured first: kernels in clusters, forward and backward, and the usual size of both.
 FIRST = r"(layer_norm, bfloat16, 32768×(65536|4096)|layer_norm backward, bfloat16, 32768×(16384|4096))$"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

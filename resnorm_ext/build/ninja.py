@@ -83,7 +83,11 @@ def _description(toolchain: Toolchain) -> str:
     for unit in config.torch_units(cuda=cuda):
         flags = [*torch_flags, *own, "-include", config.TORCH_HEADERS, "-Winvalid-pch"]
         build("cxx", unit, flags, needs=f" | {_PRECOMPILED}")
-    libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+    folders = [*extension.library_dirs, *([str(toolchain.toolkit.libraries)] if cuda else [])]
+    names = {name: f"-l{name}" for name in extension.libraries}
+    if cuda:
+        names["cudart"] = toolchain.toolkit.runtime
+    libraries = [*(f"-L{folder}" for folder in dict.fromkeys(folders)), *names.values()]
     text.append(f"build {LIBRARY}: link {' '.join(map(_path, objects))}")
     text.append(f"  flags = {_quoted(*_environment_flags('LDFLAGS'), *libraries)}\n")
     return "\n".join(text)

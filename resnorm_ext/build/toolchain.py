@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -35,6 +36,13 @@ class Toolkit:
     @property
     def libraries(self) -> Path:
         return next((path for name in ("lib64", "lib") if (path := self.home / name).is_dir()), self.home)
+
+    @property
+    def runtime(self) -> str:
+        """The linker's flag for CUDA's runtime; NVIDIA's Python packages have it under its full name alone."""
+        versioned = sorted(self.libraries.glob("libcudart.so.*"))
+        is_named = (self.libraries / "libcudart.so").exists() or not versioned
+        return "-lcudart" if is_named else f"-l:{versioned[0].name}"
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,9 @@ def find_toolkit() -> tuple[Path | None, str]:
             looked.append(f"{value}/bin/nvcc ({name})")
         else:
             looked.append(f"{name} (not set)")
+    if packaged := _packaged_toolkit():
+        return packaged, ""
+    looked.append("the Python package nvidia-cuda-nvcc")
     if nvcc := shutil.which("nvcc"):
         # What is on PATH may be a script or a link elsewhere; only nvcc itself knows where its toolkit lies.
         if top := re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"), re.MULTILINE):
@@ -206,6 +217,14 @@ def find_toolkit() -> tuple[Path | None, str]:
     if Path("/usr/local/cuda/bin/nvcc").is_file():
         return Path("/usr/local/cuda"), ""
     return None, f"there is no CUDA toolkit; looked for: {', '.join(looked)}, /usr/local/cuda/bin/nvcc"
+
+
+def _packaged_toolkit() -> Path | None:
+    """NVIDIA's Python packages, which from CUDA 13 on share a folder that is laid out like a toolkit."""
+    namespace = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (namespace.submodule_search_locations or ())] if namespace else []
+    found = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
+    return max(found).parents[1] if found else None
 
 
 def _nvcc_version(home: Path) -> str:

@@ -126,7 +126,7 @@ def layers_to_run(stack: LayerStack, x: Tensor, dtype: torch.dtype, arguments: d
     return stack.attention_reason(layers.configs) or layers
 
 
-UNREAD = "a CUDA graph records the call, so the mask cannot be read"
+UNREAD = "the mask cannot be read now, as while a CUDA graph records the call"
 
 
 def layers_of_call(

@@ -53,7 +53,7 @@ def test_goals_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture):
         "dropout, time over that without, from 4K up": True,
     }
 
-    import report  # needs what the smoke tests' environment lacks
+    import report
 
     report.main([str(path), "--output", str(tmp_path / "report")])
     printed = capsys.readouterr().out
@@ -66,6 +66,19 @@ def test_goals_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture):
         picture.name in document
         and "| layer_norm, bfloat16, 32768×1024 | 134 | 51.6 | 2600 | 96% | 2.00× |" in document
     )
+
+
+def test_without_rich_and_matplotlib_there_are_tables(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    import report
+
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    path = tmp_path / "cuda.jsonl"
+    write(path, CARD, (Case("layer_norm", "bfloat16", 32768, 1024), {OURS: 2.6, "torch": 1.3, "copy": 2.7}))
+    report.main([str(path), "--output", str(tmp_path / "report"), "--cases"])
+    row = "| layer_norm, bfloat16, 32768×1024 | 134 | 51.6 | 2600 | 96% | 2.00× |"
+    assert row in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["report.md"]
+    assert row in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_goals_scale_with_the_cards_bandwidth(tmp_path: Path):

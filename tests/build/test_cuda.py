@@ -52,7 +52,7 @@ def build(project: Project, toolkit: Path, **variables: str) -> tuple[str, list[
     """(answer of the extension, calls of nvcc that compiled) of a build in place."""
     log = toolkit / "bin" / "log"
     log.write_text("")
-    variables |= {"STUB_TORCH": "2.13.0+cu990", "STUB_TORCH_CUDA": "99.0", "CUDA_HOME": str(toolkit)}
+    variables = {"STUB_TORCH": "2.13.0+cu990", "STUB_TORCH_CUDA": "99.0", "CUDA_HOME": str(toolkit)} | variables
     result = project.run("setup.py", "build_ext", "--inplace", **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     code = "from resnorm_ext.build.extension import extension; print(extension.answer)"
@@ -66,6 +66,17 @@ def test_nvcc_compiles_the_kernels_for_the_architectures_it_knows(project: Proje
         assert flag in call
     info = json.loads(next(project.package.glob("_C*.json")).read_text())
     assert info["cuda"] == "99.1" and info["cuda_architectures"] == ["8.0", "9.0+PTX"]
+
+
+def test_nvidias_python_packages_are_a_toolkit(project: Project, toolkit: Path):
+    """They hold the runtime under its full name alone."""
+    packaged = project.stubs / "nvidia" / "cu99"
+    packaged.parent.mkdir()
+    toolkit.rename(packaged)
+    (packaged / "lib64").rename(packaged / "lib")
+    (packaged / "lib" / "libcudart.so").rename(packaged / "lib" / "libcudart.so.99")
+    answer, calls = build(project, packaged, CUDA_HOME="", LDFLAGS="")
+    assert answer == "7" and len(calls) == 1
 
 
 def test_a_header_of_the_kernels_compiles_them_again(project: Project, toolkit: Path):

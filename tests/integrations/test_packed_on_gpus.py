@@ -159,8 +159,9 @@ def test_nothing_waits_for_the_gpu_while_a_graph_records_the_call(family, masked
     with torch.no_grad():
         expected = model(**batch)[0]
         monkeypatch.setattr(stack, "is_recorded", lambda tensor: True)
-        for name in ("tolist", "__bool__", "__int__", "item"):
+        for name in ("tolist", "__bool__", "__int__", "item", "nonzero", "cpu", "equal"):
             monkeypatch.setattr(Tensor, name, allowed_to_transformers_and_emulation(getattr(Tensor, name)))
+        monkeypatch.setattr(torch, "equal", allowed_to_transformers_and_emulation(torch.equal))
         with emulated():
             actual = accelerated(**batch)[0]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

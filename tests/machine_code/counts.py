@@ -68,6 +68,8 @@ def walked(kernel: Kernel, compiled: Compiled, rows: int) -> Lane:
     special_registers["SR_CgaSize"] = kernel.plan["cluster"] > 1
     lane = Lane(kernel.constants(rows), special_registers)
     walk(lane, compiled.code)
+    if kernel.direction == "forward" and not lane.issued["ACQBULK"]:
+        raise CannotInterpret("the kernel does not await the one before, which it may overlap")
     return lane
 
 

@@ -54,7 +54,7 @@ BOUNDS = {
     },
     100: {
         "forward bfloat16 768":                Bounds(15.0,           64,      32,       48,         2,      0,      0),
-        "forward bfloat16 1024":               Bounds(13.5,           64,      32,       64,         2,      0,      0),
+        "forward bfloat16 1024":               Bounds(13.5,           64,      32,       64,         3,      0,      0),
         "forward bfloat16 4096":               Bounds(15.5,           64,      32,       64,         2,      0,      0),
         "forward bfloat16 16384":              Bounds(15.5,           64,      32,       64,         2,      0,      0),
         "forward bfloat16 65536":              Bounds(19.5,           64,      32,       64,         2,      0,      0),

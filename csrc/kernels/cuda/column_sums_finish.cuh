@@ -29,7 +29,8 @@ column_sums_finish(const FinishArguments a) {
   const auto* partials = static_cast<const Value*>(a.partials);
   Value total = 0;
   if (column < columns) {
-    for (int subset = slice; subset < a.row_subsets; subset += kSlices) total += partials[subset * columns + column];
+    for (int subset = slice; subset < a.row_subsets; subset += kSlices)
+      total += load_once<Value>(partials + subset * columns + column);
   }
   slices[slice * kPitch + lane] = total;
   barrier(0, kFinishThreads);

@@ -35,32 +35,42 @@ inline cudaError_t cleared(cudaError_t error) {
   return error;
 }
 
-// What the driver has said, so that it is asked once for each kernel, device and whatever else is in Key.
-template <class Key, class Ask>
-cudaError_t ask_once(std::map<Key, int>& answers, const Key& key, int& answer, const Ask& ask) {
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  if (const auto known = answers.find(key); known != answers.end()) {
-    answer = known->second;
-    return cudaSuccess;
+// What the driver has said of kernels, so that it is asked once for each device and whatever else is in Key.
+template <class... Key>
+class Answers {
+ public:
+  // ask(device, answer) asks the driver.
+  template <class Ask>
+  cudaError_t find(int& answer, const Ask& ask, const Key&... key) {
+    int device = 0;
+    if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return cleared(error);
+    const std::lock_guard lock(mutex_);
+    if (const auto known = answers_.find({device, key...}); known != answers_.end()) {
+      answer = known->second;
+      return cudaSuccess;
+    }
+    const auto error = cleared(ask(device, answer));
+    if (error == cudaSuccess) answers_.insert({{device, key...}, answer});
+    return error;
   }
-  const auto error = cleared(ask());
-  if (error == cudaSuccess) answers.emplace(key, answer);
-  return error;
-}
+
+ private:
+  std::mutex mutex_;
+  std::map<std::tuple<int, Key...>, int> answers_;
+};
 
 // A kernel has 48 KiB of shared memory unless it asks for more: for all that there is.
 inline cudaError_t grant_shared_memory(const void* kernel, int bytes) {
   constexpr int kGrantedBytes = 48 << 10;
   if (bytes <= kGrantedBytes) return cudaSuccess;
-  int device = 0, most = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return cleared(error);
-  static std::map<std::tuple<const void*, int>, int> granted;
-  return ask_once(granted, {kernel, device}, most, [&] {
+  static Answers<const void*> granted;
+  const auto grant = [&](int device, int& most) {
     const auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  });
+  };
+  int most = 0;
+  return granted.find(most, grant, kernel);
 }
 
 struct LaunchConfig : cudaLaunchConfig_t {
@@ -76,13 +86,20 @@ struct LaunchConfig : cudaLaunchConfig_t {
       attributes[numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
     }
-    if (shape.overlaps && CUDART_VERSION >= 12030) {  // graphs cannot capture it before
+    if (shape.overlaps && !is_captured(on)) {
       attributes[numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  // Older drivers cannot record an overlapping launch in a graph, and an allocator that walks a graph's edges need not
+  // know of it.
+  static bool is_captured(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+  }
 };
 
 template <auto kernel, class... Arguments>
@@ -95,14 +112,14 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, const Argument
 
 inline cudaError_t count_resident_clusters(const void* kernel, LaunchShape shape, int& clusters) {
   if (const auto error = grant_shared_memory(kernel, shape.shared_bytes); error != cudaSuccess) return error;
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return cleared(error);
-  static std::map<std::tuple<const void*, int, int, int, int>, int> counted;
-  return ask_once(counted, {kernel, device, shape.cluster, shape.threads, shape.shared_bytes}, clusters, [&] {
-    shape.blocks = shape.cluster;  // the driver refuses a grid that is no multiple of it
+  shape.blocks = shape.cluster;  // the driver refuses a grid that is no multiple of it
+  shape.overlaps = false;
+  static Answers<const void*, int, int, int> counted;
+  const auto count = [&](int, int& clusters) {
     const LaunchConfig config(shape, nullptr);
     return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  });
+  };
+  return counted.find(clusters, count, kernel, shape.cluster, shape.threads, shape.shared_bytes);
 }
 
 template <auto kernel>

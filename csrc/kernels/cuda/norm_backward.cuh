@@ -131,7 +131,12 @@ norm_backward(const NormBackwardArguments a) {
   using StagedGradient = StagedRow<Gradient, kVector, kItems>;
   // What the first sweep over a row has read is kept for the second where that does not spill: all, or x and the
   // weighted gradient.
-  constexpr bool kKeeps = !kAdds, kKeepsGradient = kKeeps && sizeof(Gradient) == 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  constexpr bool kFits = false;
+#else
+  constexpr bool kFits = sizeof(Gradient) == 2;
+#endif
+  constexpr bool kKeeps = !kAdds, kKeepsGradient = kKeeps && kFits;
   constexpr int kSums = backward_column_sums(kCentered, kInputBias), kRowSums = backward_row_sums(kCentered);
   const int row_threads = kWarpRow ? 32 : kCluster ? block_threads() : a.row_threads;
   const int groups = kCluster ? 1 : block_threads() / row_threads;
@@ -139,7 +144,7 @@ norm_backward(const NormBackwardArguments a) {
   const int rank = kCluster ? cluster_rank() : 0;
   const RowGroup<kWarpRow ? 32 : 0, kCluster> group{kCluster ? thread_index() : thread_index() % row_threads,
                                                     row_threads, group_index + 1};
-  const int row_subsets = grid_blocks() / blocks, subset = block_index() / blocks;
+  const int row_subsets = grid_blocks() / blocks, subset = kCluster ? cluster_index() : block_index();
   constexpr int kApart = kShifted ? kVector : 1;  // the distance between the rows of neighbouring groups
   const std::int64_t subset_row = static_cast<std::int64_t>(subset / kApart) * kApart * groups + subset % kApart;
   const std::int64_t row_step = static_cast<std::int64_t>(row_subsets) * groups;

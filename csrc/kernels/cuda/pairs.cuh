@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Arithmetic of two float32 at once, which is one instruction from sm_100 on.
+// Arithmetic of two float32 at once, which is one instruction on sm_100 and sm_103; sm_120 has none of these.
 #pragma once
 
 #include "primitives.cuh"
@@ -24,7 +24,7 @@ RESNORM_DEVICE void put_pair(float (&values)[kCount], int k, const Pair& pair) {
   values[k + 1] = pair.upper;
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 inline constexpr bool kHasPairs = true;
 RESNORM_DEVICE Pair operator+(const Pair& a, const Pair& b) {
   Pair sum;

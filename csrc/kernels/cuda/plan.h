@@ -61,7 +61,7 @@ constexpr int max_warp_items(int input_bytes, int residual_bytes, bool drops) {
 }
 
 // The same where a row has a block or more: by the architecture too, because beside a residual four would spill on
-// sm_75 and on sm_100, whose pairs of registers must be neighbours. A block of 512 threads with four vectors each leaves
+// sm_75 and from sm_100 on. A block of 512 threads with four vectors each leaves
 // room for another one; else it has 1024.
 RESNORM_HOST_DEVICE constexpr int block_row_items(int input_bytes, int residual_bytes, bool shifted, int architecture) {
   if (input_bytes == 4) return 4;
@@ -113,7 +113,7 @@ RESNORM_HOST_DEVICE constexpr int backward_barrier_bytes(bool cluster) { return 
 // What a thread may hold in one row, of columns whose sums it keeps: more would not fit its registers.
 inline constexpr int kBackwardElements = 16;
 
-// Bytes of shared memory that a block may have, as the driver says too.
+// Bytes of shared memory that a block may have, for plans that are made without a GPU, which would say so itself.
 constexpr int max_shared_bytes(int architecture) {
   switch (architecture) {
     case 75:

@@ -199,6 +199,20 @@ TEST_P(NormBackwardTest, AFloat16SumThatOverflowedGivesNoFiniteGradient) {
   }
 }
 
+// As where code for sm_80 runs on sm_86 and sm_89, whose blocks have less.
+TEST(BackwardPlanTest, FitsTheSharedMemoryOfTheDevice) {
+  std::mt19937_64 generator;
+  Problem problem(generator, {37, 4096}, kTypes[0], {}, {.adds = true, .grad_sum = true, .grad_residual = true});
+  const int row_bytes = 12;
+  for (const int shared_bytes : {163 << 10, 99 << 10}) {
+    const Plan plan = norm_backward_plan(problem.arguments(), {80, 8, shared_bytes});
+    ASSERT_FALSE(plan.generic);
+    const int staged = staging_of(plan, 4, row_bytes).total_bytes;
+    EXPECT_LE(staged, shared_bytes);
+    EXPECT_EQ(staged > 99 << 10, shared_bytes > 99 << 10);
+  }
+}
+
 TEST(BackwardPlanTest, HoldsEveryRowInTheSharedMemoryThereIs) {
   for (const int bytes : {2, 4}) {
     for (const int row_bytes : {2 * bytes, 3 * bytes, bytes + 8}) {
