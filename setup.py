@@ -40,18 +40,23 @@ class BuildPython(build_py):
             shutil.copytree(ROOT / "csrc", target)
 
 
-def version() -> str:
-    """Names a built package by what it is built for (0.1.0+cu130.torch2.14); a source distribution is for all."""
-    if "sdist" in sys.argv:
-        return config.VERSION
-    try:
-        return f"{config.VERSION}+{toolchain.detect().local_version}"
-    except toolchain.BuildError:
-        return config.VERSION  # build_ext will raise it, where it is seen
+def version_and_torch() -> tuple[str, str]:
+    """A built package is named by what it is built for (0.1.0+cu130.torch2.14) and asks for that PyTorch; a source
+    distribution is for all."""
+    if "sdist" not in sys.argv:
+        try:
+            found = toolchain.detect()
+            return f"{config.VERSION}+{found.local_version}", f"torch=={config.minor_version(found.torch)}.*"
+        except toolchain.BuildError:
+            pass  # build_ext will raise it, where it is seen
+    return config.VERSION, "torch>=2.11"
 
+
+VERSION, TORCH = version_and_torch()
 
 setup(
-    version=version(),
+    version=VERSION,
+    install_requires=[TORCH],
     ext_modules=[Extension("resnorm_ext._C", sources=[])],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
 )

@@ -75,7 +75,7 @@ def environment(options: argparse.Namespace, device: str = "cpu") -> dict[str, o
         "python": platform.python_version(),
         "peers": {name: version for name in PEERS if (version := _version(name))},
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     processor = cpu()
     if device == "cpu":

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
         results.append(result)
         if not options.json:
             print(
-                f"{result.work:42} {result.dtype:9} {result.ratio:6.2f}×  "
+                f"{result.work:44} {result.dtype:9} {result.ratio:6.2f}×  "
                 f"{result.ours_microseconds:10.1f} µs, PyTorch {result.torch_microseconds:10.1f} µs",
                 flush=True,
             )
@@ -88,45 +89,41 @@ def measure(device: torch.device, samples: int) -> Iterator[Result]:
 def works(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Pair]]:
     """What is measured, in this dtype."""
     for rows in _ROWS:
-        x, residual, gradient = (torch.randn(rows, _COLUMNS, device=device, dtype=dtype) for _ in range(3))
-        weight, bias = (torch.randn(_COLUMNS, device=device, dtype=dtype) for _ in range(2))
-        shape, size = (_COLUMNS,), f"{rows} × {_COLUMNS}"
-        yield (
-            f"layer_norm, {size}",
-            (
-                lambda: functional.layer_norm(x, shape, weight, bias, _EPS),
-                lambda: F.layer_norm(x, shape, weight, bias, _EPS),
-            ),
-        )
-        yield (
-            f"add, layer_norm, {size}",
-            (
-                lambda: functional.add_layer_norm(x, residual, shape, weight, bias, _EPS),
-                lambda: F.layer_norm(x + residual, shape, weight, bias, _EPS),
-            ),
-        )
-        yield (
-            f"rms_norm, {size}",
-            (lambda: functional.rms_norm(x, shape, weight, _EPS), lambda: F.rms_norm(x, shape, weight, _EPS)),
-        )
-        leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
-        yield (
-            f"layer_norm, forward and backward, {size}",
-            tuple(_step(norm, leaves, shape, gradient) for norm in (functional.layer_norm, F.layer_norm)),
-        )
+        for work, pair in norms(rows, device, dtype):
+            yield f"{work}, {rows} × {_COLUMNS}", pair
     torch.manual_seed(0)
     stock = nn.TransformerEncoderLayer(_COLUMNS, 12, 4 * _COLUMNS, 0.1, "gelu", batch_first=True)
-    stock = stock.to(device, dtype)
-    ours = accelerate(copy.deepcopy(stock))
+    layers = stock.to(device, dtype), accelerate(copy.deepcopy(stock).to(device, dtype))
     tokens = torch.randn(8, 128, _COLUMNS, device=device, dtype=dtype)
-    padding = torch.arange(128, device=device) >= torch.tensor([128, 90, 70, 64, 50, 40, 30, 20], device=device)[:, None]
-    yield "encoder layer, inference, half padding", tuple(_inference(layer, tokens, padding) for layer in (ours, stock))
-    yield "encoder layer, training step", tuple(_training(copy.deepcopy(layer), tokens) for layer in (ours, stock))
+    lengths = torch.tensor([128, 90, 70, 64, 50, 40, 30, 20], device=device)
+    padding = torch.arange(128, device=device) >= lengths.unsqueeze(1)
+    theirs, ours = (_inference(layer, tokens, padding) for layer in layers)
+    yield "encoder layer, inference, half padding", (ours, theirs)
+    theirs, ours = (_training(layer, tokens) for layer in layers)
+    yield "encoder layer, training step", (ours, theirs)
 
 
-def _step(norm: Callable[..., Tensor], leaves: list[Tensor], shape: tuple[int, ...], gradient: Tensor) -> Call:
+def norms(rows: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Pair]]:
+    x, residual, gradient = (torch.randn(rows, _COLUMNS, device=device, dtype=dtype) for _ in range(3))
+    weight, bias = (torch.randn(_COLUMNS, device=device, dtype=dtype) for _ in range(2))
+    norm = ((_COLUMNS,), weight, bias, _EPS)
+    yield "layer_norm", (partial(functional.layer_norm, x, *norm), partial(F.layer_norm, x, *norm))
+    ours, theirs = (partial(function, x, residual, *norm) for function in (functional.add_layer_norm, _torch_add))
+    yield "add, layer_norm", (ours, theirs)
+    rms_norm = ((_COLUMNS,), weight, _EPS)
+    yield "rms_norm", (partial(functional.rms_norm, x, *rms_norm), partial(F.rms_norm, x, *rms_norm))
+    leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
+    steps = (partial(_step, function, leaves, gradient) for function in (functional.layer_norm, F.layer_norm))
+    yield "layer_norm, forward and backward", tuple(steps)
+
+
+def _torch_add(x: Tensor, residual: Tensor, *norm: object) -> Tensor:
+    return F.layer_norm(x + residual, *norm)
+
+
+def _step(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
     x, weight, bias = leaves
-    return lambda: torch.autograd.grad(norm(x, shape, weight, bias, _EPS), leaves, gradient)
+    return torch.autograd.grad(function(x, (_COLUMNS,), weight, bias, _EPS), leaves, gradient)
 
 
 def _inference(layer: nn.Module, tokens: Tensor, padding: Tensor) -> Call:
@@ -144,7 +141,8 @@ def _training(layer: nn.Module, tokens: Tensor) -> Call:
 
 
 def take_turns(calls: Pair, samples: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each call, sample by sample; before each a call that does not count, as the other's left the caches."""
+    """Seconds of each call, sample by sample; before each one call that does not count: the other's has left the
+    caches."""
 
     def seconds(call: Call, times: int) -> float:
         _wait(device)

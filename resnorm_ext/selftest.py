@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -165,12 +166,16 @@ def checks_on(device: torch.device, kernels: str) -> Iterator[Check]:
         if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
             continue
         for name in _OPERATORS:
-            yield from _checks(name, device, kernels, dtype, lambda name=name: _compare_operator(name, device, dtype))
-        yield from _checks("encoder", device, kernels, dtype, lambda: _compare_encoder(device, dtype))
+            yield from _checks(name, device, kernels, dtype, partial(_compare_operator, name, device, dtype))
+        yield from _checks("encoder", device, kernels, dtype, partial(_compare_encoder, device, dtype))
 
 
 def _checks(
-    name: str, device: torch.device, kernels: str, dtype: torch.dtype, compare: Callable[[], Iterator[tuple[str, float]]]
+    name: str,
+    device: torch.device,
+    kernels: str,
+    dtype: torch.dtype,
+    compare: Callable[[], Iterator[tuple[str, float]]],
 ) -> Iterator[Check]:
     where = (str(device), kernels, str(dtype).removeprefix("torch."))
     try:

@@ -86,6 +86,7 @@ def stages(out: Path, machine: dict[str, object]) -> list[Stage]:
     python, results = sys.executable, str(out / "norm.jsonl")
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "--durations=10", "-o", "faulthandler_timeout=60"]
     build = {"RESNORM_CUDA": "on", "TORCH_CUDA_ARCH_LIST": str(machine["architecture"])}
+    build["NVCC_APPEND_FLAGS"] = "-lineinfo"  # for what the sanitizers report
     built = {"RESNORM_JIT": "0"}
     # Without the allocator's cache every tensor is an allocation of its own, whose ends are watched.
     watched = built | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

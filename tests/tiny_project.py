@@ -66,7 +66,7 @@ class Project:
         for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
             shutil.copy(ROOT / name, root / name)
         self.package.mkdir()
-        for module in (ROOT / "resnorm_ext").glob("*.py"):
+        for module in (*(ROOT / "resnorm_ext").glob("*.py"), ROOT / "resnorm_ext" / "py.typed"):
             shutil.copy(module, self.package / module.name)
         shutil.copytree(ROOT / "resnorm_ext" / "build", self.package / "build")
         (self.package / "__init__.py").write_text("")

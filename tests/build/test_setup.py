@@ -43,7 +43,11 @@ def test_wheel_is_named_by_what_it_is_for_and_carries_the_sources(project: Proje
     names = zipfile.ZipFile(wheel).namelist()
     assert "resnorm_ext/_csrc/python.cpp" in names
     assert {name.rsplit(".", 1)[1] for name in names if name.startswith("resnorm_ext/_C.")} == {"so", "json"}
+    assert "resnorm_ext/py.typed" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "torch", "stubs"))]
+    (metadata,) = (name for name in names if name.endswith("dist-info/METADATA"))
+    required = [line for line in zipfile.ZipFile(wheel).read(metadata).decode().splitlines() if "Requires-Dist" in line]
+    assert "Requires-Dist: torch==2.13.*" in required
 
 
 def test_installed_wheel_compiles_from_the_sources_it_carries(project: Project):
