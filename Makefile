@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | format | cpp-test | gpu-peers | gpu-check | wheel | clean. PYTHON names the interpreter
-# that .venv is made from, and that gpu-check uses as it is. OUT is where bench and gpu-check write.
+# make demo | test | bench | lint | format | cpp-test | gpu-peers | gpu-check | wheel | wheels | clean. PYTHON names the
+# interpreter that .venv is made from, that gpu-check uses as it is, and that a wheel is for. OUT is where bench and
+# gpu-check write.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,9 +15,10 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # The default allocator is measured on the largest cases, which it gives fresh pages at every call.
 PEERS := .venv-bench
 CUDA_PEERS := .venv-bench-cuda
+NOX := .venv-wheels/bin/nox
 BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
 
-.PHONY: demo test bench lint format cpp-test gpu-peers gpu-check wheel clean
+.PHONY: demo test bench lint format cpp-test gpu-peers gpu-check wheel wheels clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -63,11 +65,24 @@ gpu-peers:
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(OUT)
 
-wheel: $(VENV)/installed
-	$(BIN)/python -m build --wheel --no-isolation
+# One of wheels.toml, as in make wheel CUDA=cu130 TORCH=2.14 PYTHON=3.12; or all of them. Into dist/CUDA.
+CUDA ?= cpu
+TORCH ?= 2.13
+WHEEL_PYTHON = $(if $(filter 3.%,$(PYTHON)),$(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+
+wheel: $(NOX)
+	$(NOX) -s "wheel($(CUDA)-torch$(TORCH)-py$(WHEEL_PYTHON))"
+
+wheels: $(NOX)
+	$(NOX) -s wheel --no-stop-on-first-error
+
+$(NOX): requirements/wheels.txt
+	python3 -m venv $(dir $(NOX))..
+	$(dir $(NOX))python -m pip install -r requirements/wheels.txt
+	touch $@
 
 clean:
-	rm -rf build dist .venv $(PEERS) $(CUDA_PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
+	rm -rf build dist .venv .venv-wheels .nox $(PEERS) $(CUDA_PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
 
 # The two stamps: what is installed follows the requirement files, what is built follows everything it is built from.
 $(VENV)/installed: $(wildcard requirements/*.txt)

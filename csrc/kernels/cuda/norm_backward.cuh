@@ -255,7 +255,8 @@ norm_backward(const NormBackwardArguments a) {
       if (has_weight_words) {
         StagedGradient::unpack(weight_words[kKeeps ? i : 0], weight);
       } else if (a.weight != nullptr) {
-        load_parameter<Gradient, kVector, kShifted>(a.weight, a.float32_parameters, column_of(i), a.cols, weight);
+        load_parameter<Gradient, kVector, kShifted, false>(a.weight, a.float32_parameters, column_of(i), a.cols,
+                                                           weight);
       }
       if (a.weight != nullptr) {
 #pragma unroll

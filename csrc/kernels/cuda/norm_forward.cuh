@@ -122,7 +122,7 @@ norm_forward(const NormForwardArguments a) {
       if constexpr (!kDrops) add_residual();  // before the bias takes registers, where nothing stands against it
       if (a.input_bias != nullptr && is_inside(i)) {
         float bias[kVector];
-        load_parameter<Input, kVector, kShifted>(a.input_bias, a.float32_parameters, column, cols, bias);
+        load_parameter<Input, kVector, kShifted, true>(a.input_bias, a.float32_parameters, column, cols, bias);
 #pragma unroll
         for (int k = 0; k < kVector; k += 2) put_pair(x[i], k, pair_at(x[i], k) + pair_at(bias, k));
       }
@@ -186,7 +186,7 @@ norm_forward(const NormForwardArguments a) {
       hide(column);
       float parameter[kVector];
       if (a.weight != nullptr) {
-        load_parameter<Input, kVector, kShifted>(a.weight, a.float32_parameters, column, cols, parameter);
+        load_parameter<Input, kVector, kShifted, true>(a.weight, a.float32_parameters, column, cols, parameter);
 #pragma unroll
         for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd * parameter[k];
       } else {
@@ -194,7 +194,7 @@ norm_forward(const NormForwardArguments a) {
         for (int k = 0; k < kVector; ++k) x[i][k] = (x[i][k] - delta) * rstd;
       }
       if (kCentered && a.bias != nullptr) {
-        load_parameter<Input, kVector, kShifted>(a.bias, a.float32_parameters, column, cols, parameter);
+        load_parameter<Input, kVector, kShifted, true>(a.bias, a.float32_parameters, column, cols, parameter);
 #pragma unroll
         for (int k = 0; k < kVector; ++k) x[i][k] += parameter[k];
       }
@@ -205,7 +205,8 @@ norm_forward(const NormForwardArguments a) {
   Input* to = output;
   hide(to);
   using ParameterWords = Words<kVector * sizeof(Input)>;
-  constexpr int kBatch = 2;  // vectors whose loads wait together: as many as fit into registers
+  // Vectors whose loads wait together: as many as fit into registers.
+  constexpr int kBatch = kCluster && kDrops ? 1 : 2;
 #pragma unroll
   for (int first = 0; first < kItems; first += kBatch) {
     int batch_base = base;
@@ -215,8 +216,9 @@ norm_forward(const NormForwardArguments a) {
     for (int j = 0; j < kBatch && first + j < kItems; ++j) {
       if (!is_inside(first + j)) continue;
       const int column = batch_base + (first + j) * step;
-      weight_words[j] = load_kept<ParameterWords>(static_cast<const Input*>(a.weight) + column);
-      if constexpr (kCentered) bias_words[j] = load_kept<ParameterWords>(static_cast<const Input*>(a.bias) + column);
+      weight_words[j] = load_kept<ParameterWords, true>(static_cast<const Input*>(a.weight) + column);
+      if constexpr (kCentered)
+        bias_words[j] = load_kept<ParameterWords, true>(static_cast<const Input*>(a.bias) + column);
     }
 #pragma unroll
     for (int j = 0; j < kBatch && first + j < kItems; ++j) {

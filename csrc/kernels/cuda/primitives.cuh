@@ -61,9 +61,9 @@ RESNORM_DEVICE Words load_once(const void* from) {
   }
 }
 
-// What every row reads: weights. Not by the read-only path either: the kernel before this one may have written them,
-// and still run when this one begins.
-template <class Words>
+// What every row reads: weights. By the read-only path, unless the kernel may overlap the one before it, which may be
+// writing them.
+template <class Words, bool kOverlaps = false>
 RESNORM_DEVICE Words load_kept(const void* from) {
   if constexpr (sizeof(Words) < 16) {
     return *static_cast<const Words*>(from);
@@ -71,10 +71,18 @@ RESNORM_DEVICE Words load_kept(const void* from) {
     Words words;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(Words) / 16); ++i) {
-      asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(words.word[4 * i]), "=r"(words.word[4 * i + 1]), "=r"(words.word[4 * i + 2]),
-                     "=r"(words.word[4 * i + 3])
-                   : "l"(static_cast<const char*>(from) + 16 * i));
+      if constexpr (kOverlaps) {
+        asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words.word[4 * i]), "=r"(words.word[4 * i + 1]), "=r"(words.word[4 * i + 2]),
+                       "=r"(words.word[4 * i + 3])
+                     : "l"(static_cast<const char*>(from) + 16 * i));
+      } else {
+        const uint4 quad = __ldg(static_cast<const uint4*>(from) + i);
+        words.word[4 * i] = quad.x;
+        words.word[4 * i + 1] = quad.y;
+        words.word[4 * i + 2] = quad.z;
+        words.word[4 * i + 3] = quad.w;
+      }
     }
     return words;
   }

@@ -57,7 +57,7 @@ residual_add_forward(const ResidualAddArguments a) {
     ElementWords<Residual>::template unpack<kVector>(residual_words[i], addend);
     if (a.input_bias != nullptr) {
       float bias[kVector];
-      load_parameter<Branch, kVector, kShifted>(a.input_bias, a.float32_parameters, column, a.cols, bias);
+      load_parameter<Branch, kVector, kShifted, false>(a.input_bias, a.float32_parameters, column, a.cols, bias);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) x[k] += bias[k];
     }

@@ -55,18 +55,20 @@ RESNORM_DEVICE void store_vector(T* to, Column column, Column cols, const float 
 }
 
 // A weight or bias, of type T or float32, by columns. Not shifted with the rows, so a shifted vector is gathered.
-template <class T, int kVector, bool kShifted, class Column>
+// kOverlaps: as for load_kept.
+template <class T, int kVector, bool kShifted, bool kOverlaps, class Column>
 RESNORM_DEVICE void load_parameter(const void* parameter, bool is_float32, Column column, Column cols,
                                    float (&values)[kVector]) {
   const auto load = [&]<class P>(const P* from) {
     if constexpr (!kShifted) {
-      ElementWords<P>::template unpack<kVector>(load_kept<Words<kVector * sizeof(P)>>(from + column), values);
+      ElementWords<P>::template unpack<kVector>(load_kept<Words<kVector * sizeof(P)>, kOverlaps>(from + column),
+                                                values);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         float value[1] = {0.0F};
         if (column + i >= 0 && column + i < cols) {
-          ElementWords<P>::template unpack<1>(load_kept<Words<sizeof(P)>>(from + column + i), value);
+          ElementWords<P>::template unpack<1>(load_kept<Words<sizeof(P)>, kOverlaps>(from + column + i), value);
         }
         values[i] = value[0];
       }

@@ -335,6 +335,7 @@ TEST_P(SimtFaults, OverlappedKernelThatIsNotAwaitedIsAnError) {
   expect_fault(overlapping, message, [&] { cuda::store(buffer.data(), Words4{}); });
   expect_fault(overlapping, message, [&] { cuda::async_copy16(cuda::shared_memory(), buffer.data()); });
   expect_fault(overlapping, message, [] {});
+  expect_fault(overlapping, "read-only load", [&] { cuda::load_kept<Words4>(buffer.data()); });
   run(overlapping, [&] {
     cuda::await_previous_kernel();
     cuda::load_once<Words4>(buffer.data());

@@ -79,8 +79,9 @@ template <class Words>
 Words load_once(const void* from) {
   return load_words<Words>(simt::Access::kLoadOnce, from, alignof(Words));
 }
-template <class Words>
+template <class Words, bool kOverlaps = false>
 Words load_kept(const void* from) {
+  if (simt::current_launch().overlaps && !kOverlaps) simt::fail("a read-only load, while the kernel before may write");
   return load_words<Words>(simt::Access::kLoadKept, from, alignof(Words));
 }
 template <class Words>
