@@ -7,10 +7,13 @@ import argparse
 import importlib
 import sys
 
+from .build.config import VERSION
+
 COMMANDS = {
     "demo": "encode real text with a real BERT, as it comes and accelerated, and compare",
     "selftest": "show it to work on this machine: every operator on the CPU and every GPU, against formulas in float64",
     "bench": "how much faster than PyTorch on this machine",
+    "doctor": "what is wrong, or slower than it need be, on this machine; and what of a model would be accelerated",
     "info": "what this installation is built for, what the machine offers and what is in use",
 }
 
@@ -18,6 +21,7 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m resnorm_ext", formatter_class=argparse.RawTextHelpFormatter)
     commands = "\n".join(f"{name}: {purpose}" for name, purpose in COMMANDS.items())
+    parser.add_argument("--version", action="version", version=f"resnorm_ext {VERSION}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=commands)
     command = parser.parse_args(arguments[:1]).command
     try:

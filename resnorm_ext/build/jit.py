@@ -45,7 +45,7 @@ def compiled_library() -> Path:
     try:
         if not _is_complete(library):
             library = _compile(toolchain, library)
-        _check_writers(cache_directory(), library.parent, library)
+        check_writers(cache_directory(), library.parent, library)
         return library
     except OSError as error:
         raise BuildError(
@@ -95,7 +95,7 @@ def _cached_library(toolchain: Toolchain) -> Path:
     return cache_directory() / f"{_workplace(toolchain)}-{libraries.key(toolchain)[:16]}" / "_C.so"
 
 
-def _check_writers(*paths: Path) -> None:
+def check_writers(*paths: Path) -> None:
     """Raises BuildError where somebody other than this user and root could change one of ``paths``: what is loaded from
     there runs as this user."""
     for path in paths:
@@ -119,14 +119,14 @@ def _compile(toolchain: Toolchain, library: Path) -> Path:
     """``library``, or that of the sources as they are when they have been compiled."""
     cache = cache_directory()
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _check_writers(cache)
+    check_writers(cache)
     objects = cache / f"{_workplace(toolchain)}-objects"
     with _lock(cache / f"{objects.name}.lock") as lock:
         if _is_complete(library):  # by another process, while this one waited
             return library
         with Progress(f"{toolchain.kernels}, with PyTorch {toolchain.torch}; kept in {cache}") as progress:
             objects.mkdir(mode=0o755, exist_ok=True)
-            _check_writers(objects)
+            check_writers(objects)
             _run_worker(toolchain, objects, lock, progress)
             while (now := _cached_library(toolchain)) != library:  # somebody has edited the sources meanwhile
                 library = now

@@ -71,6 +71,32 @@ class Report(NamedTuple):
         lines += _section("linear layers:", self._linear_lines())
         return "\n".join(lines)
 
+    def as_dict(self) -> dict[str, list[dict[str, object]]]:
+        """The same of numbers, strings, lists and dicts, which JSON holds."""
+
+        def called(item: Replaced) -> list[dict[str, object]]:
+            return [{"path": path, "reason": why, "calls": count} for (path, why), count in item.calls.items()]
+
+        return {
+            "replaced": [
+                {
+                    "name": item.name,
+                    "original": item.original.__name__,
+                    "reason": item.reason,
+                    "calls": called(item),
+                    "padding": item.padding,
+                }
+                for item in self.replaced
+            ],
+            "left_alone": [
+                {"name": item.name, "type": item.type.__name__, "reason": item.reason} for item in self.left_alone
+            ],
+            "linear_layers": [
+                {"in": shape.in_features, "out": shape.out_features, "dtype": _short(shape.dtype), "backend": backend}
+                for shape, backend in self.linear_backends.items()
+            ],
+        }
+
     def _call_lines(self) -> list[str]:
         counts: Counter[tuple[str, str, str | None]] = Counter()
         last = set()
