@@ -156,13 +156,11 @@ def gpu() -> Finding:
     if info["cuda"] is None:
         says = f"{name}, but the extension has no CUDA kernels ({info['cuda_reason']}): torch's operators compute there"
         return Finding("GPU", "note", says, extensions.how_to_build())
-    capability = torch.cuda.get_device_capability()
+    capability, built_for = torch.cuda.get_device_capability(), ", ".join(info["cuda_architectures"])
     if not any(_runs_on(entry, capability) for entry in info["cuda_architectures"]):
-        says = (
-            f"{name} is sm_{capability[0]}{capability[1]}, and kernels are for {', '.join(info['cuda_architectures'])}"
-        )
+        says = f"{name} is sm_{capability[0]}{capability[1]}, and kernels are for {built_for}"
         return Finding("GPU", "wrong", says, "build with TORCH_CUDA_ARCH_LIST naming it")
-    return Finding("GPU", "ok", f"{name}, with kernels for {', '.join(info['cuda_architectures'])}")
+    return Finding("GPU", "ok", f"{name}, with kernels for {built_for}")
 
 
 def _runs_on(entry: str, capability: tuple[int, int]) -> bool:
@@ -170,7 +168,7 @@ def _runs_on(entry: str, capability: tuple[int, int]) -> bool:
     major, minor = map(int, re.match(r"(\d+)\.(\d+)", entry).groups())
     if entry.endswith("+PTX") and (major, minor) <= capability:
         return True
-    return major == capability[0] and minor <= capability[1] and not entry.rstrip("+PTX").endswith(("a", "f"))
+    return major == capability[0] and minor <= capability[1] and not entry.removesuffix("+PTX").endswith(("a", "f"))
 
 
 def transformers() -> Finding:
