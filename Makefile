@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | format | cpp-test | gpu-peers | gpu-check | wheel | wheels | clean. PYTHON names the
+# make demo | test | bench | lint | format | cpp-test | docs | gpu-peers | gpu-check | wheel | wheels | clean. PYTHON names the
 # interpreter that .venv is made from, that gpu-check uses as it is, and that a wheel is for. OUT is where bench and
 # gpu-check write.
 PYTHON ?= python3
@@ -16,9 +16,10 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 PEERS := .venv-bench
 CUDA_PEERS := .venv-bench-cuda
 NOX := .venv-wheels/bin/nox
+DOCS := .venv-docs/bin/mkdocs
 BENCH = PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/bench_norm.py --output $(OUT)/norm.jsonl $(BENCH_FLAGS)
 
-.PHONY: demo test bench lint format cpp-test gpu-peers gpu-check wheel wheels clean
+.PHONY: demo test bench lint format cpp-test docs gpu-peers gpu-check wheel wheels clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m resnorm_ext demo
@@ -56,6 +57,15 @@ cpp-test:
 	cmake --build $(CMAKE_BUILD) --parallel $$(nproc)
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $$(nproc)
 
+# Into build/docs; it needs no environment but its own.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS) build --quiet
+
+$(DOCS): requirements/docs.txt
+	$(PYTHON) -m venv $(dir $(DOCS))..
+	$(dir $(DOCS))python -m pip install -r requirements/docs.txt
+	touch $@
+
 # For another Python than PYTHON: PIP_FLAGS="--python-version 3.12 --only-binary=:all:".
 gpu-peers:
 	$(PYTHON) -m pip install --upgrade --target $(CUDA_PEERS) --no-deps $(PIP_FLAGS) -r requirements/bench-cuda.txt
@@ -82,7 +92,7 @@ $(NOX): requirements/wheels.txt
 	touch $@
 
 clean:
-	rm -rf build dist .venv .venv-wheels .nox $(PEERS) $(CUDA_PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
+	rm -rf build dist .venv .venv-wheels .venv-docs .nox $(PEERS) $(CUDA_PEERS) resnorm_ext/_C*.so resnorm_ext/_C*.json *.egg-info
 
 # The two stamps: what is installed follows the requirement files, what is built follows everything it is built from.
 $(VENV)/installed: $(wildcard requirements/*.txt)
