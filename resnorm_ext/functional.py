@@ -3,7 +3,7 @@
 
 All of them take float32, float64, bfloat16 and float16 tensors of any strides, on any device (kernels of our own on
 the CPU and, for the norms and residual_add, on CUDA; elsewhere torch's operators compute the same), and are
-differentiable, also twice (but :func:`packed_attention` on CUDA) and under ``torch.func``. Statistics and accumulation
+differentiable, also twice (but ``packed_attention`` on CUDA) and under ``torch.func``. Statistics and accumulation
 are float32; float64 where the input or the sum is float64. DTensors may be sharded along every dimension that results
 are independent in; nested tensors, and subclasses that do not know these operators, are computed by torch's functions,
 without ``out``.
@@ -78,12 +78,12 @@ def rms_norm(
     Args:
         input: ``(*, *normalized_shape)``.
         normalized_shape: the trailing dimensions that make up a row.
-        weight: of ``normalized_shape``, in a dtype as for :func:`layer_norm`.
+        weight: of ``normalized_shape``, in a dtype as for ``layer_norm``.
         eps: added to the mean; where None the machine epsilon of the type that it is computed in, as torch's kernels
             have it: float32's for half-precision inputs too.
         out: receives the result; may be ``input``. Not differentiable.
 
-    Returns, Raises: as :func:`layer_norm`.
+    Returns, Raises: as ``layer_norm``.
     """
     if out is None:
         return _call("rms_norm", input, normalized_shape, weight, eps)
@@ -106,7 +106,7 @@ def residual_add(
 
     Args:
         input, residual: of one shape.
-        input_bias: of the last dimension, in a dtype as for :func:`layer_norm`'s weight.
+        input_bias: of the last dimension, in a dtype as for ``layer_norm``'s weight.
         dropout_p: probability to drop an element, applied where ``training``; rounded to a multiple of 2**-16.
         seed: int64 scalar tensor on the input's device that fixes the dropout mask; drawn where None.
         residual_dtype: dtype of the result, else the promoted dtype of input and residual.
@@ -146,9 +146,9 @@ def add_layer_norm(
 
     Args:
         input, residual: ``(*, *normalized_shape)``.
-        normalized_shape, weight, bias, eps: as for :func:`layer_norm`.
+        normalized_shape, weight, bias, eps: as for ``layer_norm``.
         input_bias: of ``normalized_shape``, in a dtype as for the weight.
-        dropout_p, training, seed: as for :func:`residual_add`.
+        dropout_p, training, seed: as for ``residual_add``.
         prenorm: return ``(y, s)``, as pre-norm layers need.
         residual_dtype: dtype of ``s``, else the promoted dtype of input and residual; float32 keeps a half-precision
             model's residual stream exact.
@@ -219,13 +219,13 @@ def add_rms_norm(
     """``s = residual + dropout(input + input_bias)`` and ``y = rms_norm(s)``, in one pass.
 
     Args:
-        normalized_shape, weight: as for :func:`rms_norm`.
+        normalized_shape, weight: as for ``rms_norm``.
         eps: added to the mean of the squares; where None the machine epsilon of float32, of float64 where the input or
             ``s`` is float64.
         input, residual, input_bias, dropout_p, training, seed, prenorm, residual_dtype, out: as for
-            :func:`add_layer_norm`.
+            ``add_layer_norm``.
 
-    Returns, Raises: as :func:`add_layer_norm`.
+    Returns, Raises: as ``add_layer_norm``.
     """
     input, input_bias, dropout_p, seed = _dropout(input, input_bias, dropout_p, training, seed)
     if out is None:
@@ -275,9 +275,9 @@ def bias_activation(
 
     Args:
         input: of any shape.
-        bias: of the last dimension, in a dtype as for :func:`layer_norm`'s weight.
+        bias: of the last dimension, in a dtype as for ``layer_norm``'s weight.
         activation: ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
-        dropout_p, training, seed: as for :func:`residual_add`.
+        dropout_p, training, seed: as for ``residual_add``.
         out: receives the result; may be ``input``. Not differentiable.
 
     Returns:
@@ -329,7 +329,7 @@ def feed_forward(
         weight1: ``(hidden_features, in_features)``; bias1: ``(hidden_features,)``.
         weight2: ``(out_features, hidden_features)``; bias2: ``(out_features,)``.
         activation: ``"relu"``, ``"gelu"`` (by erf) or ``"gelu_tanh"``.
-        dropout_p, training, seed: as for :func:`residual_add`, of the activations.
+        dropout_p, training, seed: as for ``residual_add``, of the activations.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
@@ -362,7 +362,7 @@ def packed_attention(
         max_seqlen: length of the longest sequence, where the caller knows it.
         scale: ``1 / sqrt(head_dim)`` where None.
         causal: each position sees itself and what precedes it.
-        dropout_p, training, seed: as for :func:`residual_add`, of the attention weights.
+        dropout_p, training, seed: as for ``residual_add``, of the attention weights.
 
     Returns:
         ``(tokens, heads, head_dim)``.

@@ -50,13 +50,13 @@ def accelerate(model: T, *, padding: str = "auto") -> T:
     goes on with this package's operators: in inference with the fastest of three products for the linear layers, and
     text encoders on padding-free batches, compiled and exported too; in training with dropout that keeps no mask, fused
     with residual add and norm, and attention that keeps no weights. Parameters, state_dict keys, hooks, copies and
-    pickles are as before. A second call changes nothing but ``padding``; :func:`restore` puts everything back;
-    :func:`report` tells what was done, and which way the calls took since. That is decided at each call, so adapters,
+    pickles are as before. A second call changes nothing but ``padding``; ``restore`` puts everything back;
+    ``report`` tells what was done, and which way the calls took since. That is decided at each call, so adapters,
     hooks, dtypes and modes may change later.
 
     Outputs equal the original's at every position that is not padded, within rounding. On the CPU a second, packed copy
     of the linear layers' weights may be kept for inference, made anew when they have changed; docs/accelerate.md says
-    what is looked at, and :func:`refresh` is for the little that cannot be seen.
+    what is looked at, and ``refresh`` is for the little that cannot be seen.
 
     Measures the linear layers' shapes for some hundredths of a second, unless the environment variable
     ``RESNORM_LINEAR`` (``aten``, ``onednn`` or ``resnorm``) chooses, or under deterministic algorithms.
@@ -94,7 +94,7 @@ def accelerate(model: T, *, padding: str = "auto") -> T:
 
 
 def restore(model: T) -> T:
-    """Undoes :func:`accelerate`, also in a copy of an accelerated model, and returns ``model``.
+    """Undoes ``accelerate``, also in a copy of an accelerated model, and returns ``model``.
 
     Raises RuntimeError, and changes nothing, where a module's class is built by others on this package's so that it
     cannot be told what it would be without.

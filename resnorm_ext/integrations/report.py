@@ -22,7 +22,7 @@ _MOST_LINES = 8  # of a kind: all of it is to fit a screen
 
 
 class Replaced(NamedTuple):
-    """A module that :func:`accelerate` has replaced.
+    """A module that ``accelerate`` has replaced.
 
     Attributes:
         reason: what keeps it from its fastest path at present, whatever the call.
@@ -41,7 +41,7 @@ class Replaced(NamedTuple):
 
 
 class LeftAlone(NamedTuple):
-    """A module that looks like what :func:`accelerate` is for, and is not replaced."""
+    """A module that looks like what ``accelerate`` is for, and is not replaced."""
 
     name: str
     type: type[nn.Module]

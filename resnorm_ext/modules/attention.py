@@ -42,7 +42,7 @@ class AttentionPattern(NamedTuple):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` where query, key and value are one tensor, on scaled_dot_product_attention.
+    """``torch.nn.MultiheadAttention`` where query, key and value are one tensor, on scaled_dot_product_attention.
 
     Constructor, initialisation, parameters and results are torch.nn's, with these differences: ``key`` and ``value``
     may be left out, ``is_causal=True`` needs no ``attn_mask``, and a query whose keys are all hidden attends to nothing

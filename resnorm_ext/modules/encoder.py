@@ -29,7 +29,7 @@ _ENCODER = _LAYER + Originals((nn.TransformerEncoder, "forward"))
 
 
 class TransformerEncoderLayer(PaddingChoice, nn.TransformerEncoderLayer):
-    """:class:`torch.nn.TransformerEncoderLayer`: the same constructor, initialisation, state_dict keys and masks.
+    """``torch.nn.TransformerEncoderLayer``: the same constructor, initialisation, state_dict keys and masks.
 
     Attention dropout, activation dropout and the two residual dropouts act at the rates of ``self_attn.dropout``,
     ``dropout``, ``dropout1`` and ``dropout2``.
@@ -121,7 +121,7 @@ class TransformerEncoderLayer(PaddingChoice, nn.TransformerEncoderLayer):
 
 
 class TransformerEncoder(PaddingChoice, nn.TransformerEncoder):
-    """:class:`torch.nn.TransformerEncoder`: the same constructor, state_dict keys and masks.
+    """``torch.nn.TransformerEncoder``: the same constructor, state_dict keys and masks.
 
     Args:
         encoder_layer: a layer of this package or of torch.nn, whose copies become this package's.
@@ -162,7 +162,7 @@ class TransformerEncoder(PaddingChoice, nn.TransformerEncoder):
     ) -> Tensor:
         """The output of all layers and the norm, of ``src``'s shape.
 
-        The arguments are those of :meth:`TransformerEncoderLayer.forward`; ``is_causal=None`` finds out, outside
+        The arguments are those of ``TransformerEncoderLayer.forward``; ``is_causal=None`` finds out, outside
         torch.compile and export, whether ``mask`` is the causal one.
         """
         if is_scripting():

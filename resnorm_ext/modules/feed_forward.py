@@ -21,7 +21,7 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
 class FeedForward(nn.Module):
-    """``linear2(dropout(activation(linear1(input))))``, as in :class:`torch.nn.TransformerEncoderLayer`.
+    """``linear2(dropout(activation(linear1(input))))``, as in ``torch.nn.TransformerEncoderLayer``.
 
     Args:
         d_model: width of input and output.

@@ -36,7 +36,7 @@ def _fit(input: torch.dtype, weight: torch.dtype) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm`: the same constructor, parameters and results, computed by ``functional.layer_norm``.
+    """``torch.nn.LayerNorm``: the same constructor, parameters and results, computed by ``functional.layer_norm``.
 
     Shape: any ``(*, *normalized_shape)``; the output has the input's shape and dtype. Weight and bias have the
     input's dtype, or float32 beside a half-precision input. Nested tensors, and subclasses that do not
@@ -55,9 +55,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm`: the same constructor, parameters and results, computed by ``functional.rms_norm``.
+    """``torch.nn.RMSNorm``: the same constructor, parameters and results, computed by ``functional.rms_norm``.
 
-    Shapes are as for :class:`LayerNorm`. Beside dtypes that the operator does not take torch's own forward runs.
+    Shapes are as for ``LayerNorm``. Beside dtypes that the operator does not take torch's own forward runs.
     """
 
     _torch_forward = for_torchscript(nn.RMSNorm.forward)
@@ -93,10 +93,10 @@ class _AddNorm:
 class AddLayerNorm(_AddNorm, nn.LayerNorm):
     """``layer_norm(residual + dropout(input + input_bias))``: what stands between two blocks of a Transformer.
 
-    Parameters and state_dict keys are those of :class:`torch.nn.LayerNorm`: a checkpoint of one loads into the other.
+    Parameters and state_dict keys are those of ``torch.nn.LayerNorm``: a checkpoint of one loads into the other.
 
     Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in ``torch.nn.LayerNorm``.
         dropout_p: probability of zeroing an element of the input in train mode.
         prenorm: return the sum too, for the next residual add of a pre-norm Transformer.
         residual_dtype: dtype of that sum; by default the promoted dtype of input and residual.
@@ -153,11 +153,11 @@ class AddLayerNorm(_AddNorm, nn.LayerNorm):
 
 
 class AddRMSNorm(_AddNorm, nn.RMSNorm):
-    """``rms_norm(residual + dropout(input + input_bias))``; parameters are those of :class:`torch.nn.RMSNorm`.
+    """``rms_norm(residual + dropout(input + input_bias))``; parameters are those of ``torch.nn.RMSNorm``.
 
     Args:
-        normalized_shape, eps, elementwise_affine, device, dtype: as in :class:`torch.nn.RMSNorm`.
-        dropout_p, prenorm, residual_dtype: as in :class:`AddLayerNorm`, as shapes, results and errors are.
+        normalized_shape, eps, elementwise_affine, device, dtype: as in ``torch.nn.RMSNorm``.
+        dropout_p, prenorm, residual_dtype: as in ``AddLayerNorm``, as shapes, results and errors are.
     """
 
     __constants__ = (*nn.RMSNorm.__constants__, "prenorm")
