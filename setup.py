@@ -8,16 +8,8 @@ import sys
 import types
 from pathlib import Path
 
-import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
-
-# --no-build-isolation takes the setuptools that is there, whatever pyproject.toml asks for.
-if int(setuptools.__version__.split(".")[0]) < 77:
-    sys.exit(
-        f"resnorm_ext is built by setuptools 77 or newer, and {setuptools.__version__} is installed: "
-        "pip install --upgrade setuptools"
-    )
 
 ROOT = Path(__file__).resolve().parent
 
@@ -27,6 +19,14 @@ _build_modules.__path__ = [str(ROOT / "resnorm_ext" / "build")]
 sys.modules["resnorm_build"] = _build_modules
 from resnorm_build import config, toolchain  # noqa: E402
 from resnorm_build.compile import BuildExtension  # noqa: E402
+
+# --no-build-isolation takes the packages that are there, whatever pyproject.toml asks for; setuptools would find out one
+# by one. A source distribution needs none of them.
+if {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"} & set(sys.argv):
+    try:
+        toolchain.check_packages()
+    except toolchain.BuildError as error:
+        sys.exit(f"resnorm_ext: {error}")
 
 
 class BuildPython(build_py):

@@ -20,7 +20,10 @@ class BuildExtension(build_ext):
     """setuptools' own, but for what compiles, and with the library's description beside the library."""
 
     def run(self) -> None:
-        self.toolchain = toolchain.detect()  # not before: a source distribution is made without any
+        try:
+            self.toolchain = toolchain.detect()  # not before: a source distribution is made without any
+        except (toolchain.BuildError, ValueError) as error:
+            raise SystemExit(f"resnorm_ext: {error}") from None  # what setuptools was about to do is no help
         if self.editable_mode:  # pip's own folder for objects does not outlast the build
             self.build_temp = "build/editable"
         # A folder for each toolchain, because ninja does not see one change behind the same path.
@@ -34,9 +37,14 @@ class BuildExtension(build_ext):
         ninja.write(self.toolchain, Path(self.build_temp))
         command = ninja.command(self.toolchain, verbose=self.verbose > 1)
         if subprocess.run(command, cwd=self.build_temp, env=ninja.environment()).returncode != 0:
-            raise toolchain.BuildError("compiling resnorm_ext failed: the compilers' messages stand above")
+            raise SystemExit("resnorm_ext: compiling failed, and the compilers' messages stand above")
+        made = Path(self.build_temp, ninja.LIBRARY)
+        if not made.is_file():
+            raise SystemExit(
+                f"resnorm_ext: compiling left no library: is {' '.join(self.toolchain.compiler)} a compiler?"
+            )
         built.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(self.build_temp, ninja.LIBRARY), built)
+        shutil.copy(made, built)
         library.info_path(built).write_text(json.dumps(library.info(self.toolchain), indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:

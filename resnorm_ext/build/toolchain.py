@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +95,7 @@ def detect(
         import torch
     except ImportError as error:
         raise BuildError(
-            f"building resnorm_ext needs the PyTorch that it will run with, and here it cannot be imported ({error}). "
-            "pip hides it from builds by default; type: pip install --no-build-isolation ."
+            f"building resnorm_ext needs the PyTorch that it will run with, and here it cannot be imported: {error}"
         ) from error
     compiler = find_compiler()
     check_python_headers()
@@ -109,6 +110,25 @@ def detect(
         toolkit=toolkit,
         cuda_reason=reason,
     )
+
+
+def check_packages() -> None:
+    """Raises BuildError that names, all at once, what pip can install of what a build needs."""
+    missing = [] if importlib.util.find_spec("torch") else ["torch"]
+    try:
+        oldest, setuptools = 77, importlib.metadata.version("setuptools")
+        missing += [] if int(setuptools.split(".")[0]) >= oldest else [f"setuptools>={oldest}"]
+    except importlib.metadata.PackageNotFoundError:
+        missing.append(f"setuptools>={oldest}")
+    missing += [] if importlib.util.find_spec("ninja") or shutil.which("ninja") else ["ninja"]
+    if not missing:
+        return
+    if "torch" in missing and any("build-env-" in path for path in sys.path):  # pip's name for it, and build's
+        raise BuildError(
+            "building resnorm_ext needs the PyTorch that it will run with, and pip builds where it cannot be seen. "
+            f"With {', '.join(missing)} installed, type: pip install --no-build-isolation ."
+        )
+    raise BuildError(f"building resnorm_ext needs packages that are not here; type: pip install {shlex.join(missing)}")
 
 
 def find_compiler() -> tuple[str, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import zipfile
 
@@ -75,9 +76,44 @@ def test_source_distribution_builds(project: Project):
 
 
 def test_build_without_torch_says_what_to_type(project: Project):
-    (project.stubs / "torch" / "__init__.py").write_text("raise ImportError('No module named torch')")
+    shutil.rmtree(project.stubs / "torch")
+    block = project.stubs / "sitecustomize.py"  # as if nothing were installed, and ninja not on PATH
+    block.write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name in ('torch', 'ninja') else find(name, *rest)\n"
+    )
+    nothing = {"PATH": "/nowhere"}
+    result = project.run("setup.py", "build_ext", "--inplace", **nothing)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("packages that are not here; type: pip install torch ninja")
+    (project.root / "pip-build-env-x").mkdir()
+    paths = f"{project.stubs}:{project.root / 'pip-build-env-x'}"
+    result = project.run("setup.py", "dist_info", PYTHONPATH=paths, **nothing)
+    assert result.returncode != 0 and "pip builds where it cannot be seen. With torch, ninja installed" in result.stderr
+    assert result.stderr.rstrip().endswith("type: pip install --no-build-isolation .")
+
+
+def test_a_torch_that_cannot_be_imported(project: Project):
+    (project.stubs / "torch" / "__init__.py").write_text("raise ImportError('libfoo.so.1 is missing')")
     result = project.run("setup.py", "build_ext", "--inplace")
-    assert result.returncode != 0 and "pip install --no-build-isolation ." in result.stderr
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "here it cannot be imported: libfoo.so.1 is missing" in result.stderr
+
+
+def test_old_setuptools(project: Project):
+    """The one line instead of what it would make of pyproject.toml."""
+    metadata = project.stubs / "setuptools-65.5.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: setuptools\nVersion: 65.5.0\n")
+    result = project.run("setup.py", "build_ext", "--inplace")
+    assert result.returncode != 0 and "pip install 'setuptools>=77'" in result.stderr
+
+
+def test_a_compiler_that_is_none(project: Project):
+    result = project.run("setup.py", "build_ext", "--inplace", CXX="/bin/true")
+    assert result.returncode != 0 and not list(project.package.glob("_C*"))
+    assert result.stderr.splitlines()[-1].startswith("resnorm_ext: ") and "Traceback" not in result.stderr
 
 
 def test_cuda_on_without_a_cuda_torch_fails(project: Project):
