@@ -20,8 +20,8 @@ sys.modules["resnorm_build"] = _build_modules
 from resnorm_build import config, toolchain  # noqa: E402
 from resnorm_build.compile import BuildExtension  # noqa: E402
 
-# --no-build-isolation takes the packages that are there, whatever pyproject.toml asks for; setuptools would find out one
-# by one. A source distribution needs none of them.
+# --no-build-isolation takes the packages that are there, whatever pyproject.toml asks for. A source distribution needs
+# none.
 if {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"} & set(sys.argv):
     try:
         toolchain.check_packages()

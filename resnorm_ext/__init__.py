@@ -5,6 +5,14 @@
 what was replaced. ``functional`` holds the operators, the modules below have torch.nn's signatures and checkpoints.
 """
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    message = "resnorm_ext is an extension of PyTorch, which is not installed here; type: pip install torch"
+    raise ModuleNotFoundError(message, name="torch") from None
+
 from . import functional
 from .build.config import VERSION as __version__
 from .build.extension import load_if_built

@@ -25,6 +25,16 @@ def test_import_works_with_nothing_and_the_first_call_says_what_to_type(project:
     assert f"pip install --no-build-isolation -e {project.root}" in error and "RESNORM_JIT=0" in error
 
 
+def test_without_torch_one_line_says_so(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    environment = installed()
+    environment["PYTHONPATH"] += f":{tmp_path}"
+    command = [sys.executable, "-m", "resnorm_ext", "info"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and "During handling" not in run.stderr
+    assert run.stderr.splitlines()[-1].endswith("which is not installed here; type: pip install torch")
+
+
 def test_no_compiler_and_no_extension(project: Project):
     result = project.run("-c", CALL, PATH="/nonexistent")
     error = result.stderr.splitlines()[-1]
