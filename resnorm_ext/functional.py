@@ -12,6 +12,7 @@ without ``out``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,57 @@ def residual_add(
     return out
 
 
+@overload
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: Literal[False] = False,
+    residual_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: Literal[True],
+    residual_dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: bool,
+    residual_dtype: torch.dtype | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -201,6 +253,54 @@ def add_layer_norm(
     return out
 
 
+@overload
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: Literal[False] = False,
+    residual_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: Literal[True],
+    residual_dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+    prenorm: bool,
+    residual_dtype: torch.dtype | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,
