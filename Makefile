@@ -76,8 +76,8 @@ gpu-check:
 	$(PYTHON) tests/gpu_check.py $(OUT)
 
 # One of wheels.toml, as in make wheel CUDA=cu130 TORCH=2.14 PYTHON=3.12; or all of them. Into dist/CUDA.
-CUDA ?= cpu
-TORCH ?= 2.13
+CUDA = cpu
+TORCH = 2.13
 WHEEL_PYTHON = $(if $(filter 3.%,$(PYTHON)),$(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 
 wheel: $(NOX)

@@ -47,8 +47,8 @@ def version_and_torch() -> tuple[str, str]:
         try:
             found = toolchain.detect()
             return f"{config.VERSION}+{found.local_version}", f"torch=={config.minor_version(found.torch)}.*"
-        except toolchain.BuildError:
-            pass  # build_ext will raise it, where it is seen
+        except (toolchain.BuildError, ValueError):
+            pass  # build_ext will say it, where it is seen
     return config.VERSION, "torch>=2.11"
 
 

@@ -57,8 +57,13 @@ def main(arguments: list[str]) -> int:
         parser.error(f"argument --device: {options.device}: {str(error).splitlines()[0]}")
     if options.samples < 1:
         parser.error(f"argument --samples: expected at least 1, but got {options.samples}")
-    if options.plot and find_spec("matplotlib") is None:
-        parser.error("argument --plot: there is no matplotlib; type: pip install matplotlib")
+    if options.plot:
+        if find_spec("matplotlib") is None:
+            parser.error("argument --plot: there is no matplotlib; type: pip install matplotlib")
+        if not options.plot.absolute().parent.is_dir() or options.plot.suffix not in (".png", ".svg", ".pdf"):
+            parser.error(
+                f"argument --plot: expected a .png, .svg or .pdf in a folder that exists, but got {options.plot}"
+            )
     results = []
     for result in measure(device, options.samples):
         results.append(result)
@@ -93,12 +98,12 @@ def works(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Pair]
             yield f"{work}, {rows} × {_COLUMNS}", pair
     torch.manual_seed(0)
     stock = nn.TransformerEncoderLayer(_COLUMNS, 12, 4 * _COLUMNS, 0.1, "gelu", batch_first=True)
-    layers = stock.to(device, dtype), accelerate(copy.deepcopy(stock).to(device, dtype))
+    layers = stock.to(device, dtype), accelerate(copy.deepcopy(stock).to(device, dtype), padding="skip")
     tokens = torch.randn(8, 128, _COLUMNS, device=device, dtype=dtype)
     lengths = torch.tensor([128, 90, 70, 64, 50, 40, 30, 20], device=device)
     padding = torch.arange(128, device=device) >= lengths.unsqueeze(1)
     theirs, ours = (_inference(layer, tokens, padding) for layer in layers)
-    yield "encoder layer, inference, half padding", (ours, theirs)
+    yield "encoder layer, inference, half padding, skipped", (ours, theirs)
     theirs, ours = (_training(layer, tokens) for layer in layers)
     yield "encoder layer, training step", (ours, theirs)
 

@@ -17,8 +17,7 @@ import torch
 
 from .build import config, jit, toolchain
 from .build import extension as extensions
-
-_OLDEST_TRANSFORMERS = (5, 2)
+from .compatibility import transformers_reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ def main(arguments: list[str]) -> int:
         try:
             report = report_of(options.model)
         except Exception as error:  # whatever a model's files raise
-            says = f"{options.model} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            says = f"{options.model} cannot be loaded: {reason}"
             findings.append(Finding("model", "wrong", says, "mend what is named there"))
     if options.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "model": report}, indent=2))
@@ -78,8 +78,9 @@ def examine() -> Iterator[Finding]:
 
 
 def extension() -> Finding:
-    what, choice, library = "extension", extensions.jit_choice(), extensions.find_built()
-    if library is None or choice == "1":
+    what, choice = "extension", extensions.jit_choice()
+    library = extensions.find_built() if choice != "1" else None
+    if library is None:
         if choice == "0":
             says = "there is none, and RESNORM_JIT=0 forbids to compile one"
             return Finding(what, "wrong", says, f"{extensions.how_to_build()}, or unset RESNORM_JIT")
@@ -99,14 +100,15 @@ def extension() -> Finding:
 
 def compiler() -> Finding:
     """Only who has to compile needs one."""
-    needed = extensions.jit_choice() == "1" or (extensions.find_built() is None and jit.find_cached() is None)
     try:
         found = toolchain.find_compiler()
         toolchain.find_ninja()
         toolchain.check_python_headers()
     except toolchain.BuildError as error:
-        says = f"nothing can be compiled here: {error}"
-        return Finding("compiler", "wrong" if needed else "ok", says if needed else f"not needed ({error})")
+        built = extensions.jit_choice() != "1" and extensions.find_built() is not None
+        if built or extensions.jit_choice() == "0":
+            return Finding("compiler", "ok", f"not needed, and there is none: {error}")
+        return Finding("compiler", "wrong", f"nothing can be compiled here: {error}")
     return Finding("compiler", "ok", " ".join(found))
 
 
@@ -124,16 +126,26 @@ def cache() -> Finding:
 
 
 def instruction_set() -> Finding:
-    what, best = "instruction set", config.best_isas()
-    fastest = max(best, key=config.all_isas().index)
-    if extensions.find_built() is None and jit.find_cached() is None:
-        return Finding(what, "ok", f"this CPU has kernels for {fastest}")
+    what, fastest = "instruction set", max(config.best_isas(), key=config.all_isas().index)
+    if usable_library() is None:
+        return Finding(what, "ok", f"this CPU has {fastest}")
     in_use = extensions.load_extension().cpu_isa()
     if in_use == fastest:
         return Finding(what, "ok", in_use)
     chosen = os.environ.get("RESNORM_CPU_ISA")
     says = f"{in_use} is in use, and this CPU has {fastest}"
     return Finding(what, "note", says, f"unset RESNORM_CPU_ISA={chosen}" if chosen else extensions.how_to_build())
+
+
+def usable_library() -> Path | None:
+    """What can be loaded now; that nothing can be, and why, other findings say."""
+    try:
+        library = extensions.find_usable()
+        if library is not None and library == extensions.find_built():
+            extensions.check_built(library)
+        return library
+    except (ImportError, toolchain.BuildError):
+        return None
 
 
 def threads() -> Finding:
@@ -149,26 +161,36 @@ def gpu() -> Finding:
         if torch.version.cuda is None:
             return Finding("GPU", "ok", "none: PyTorch is built without CUDA")
         return Finding("GPU", "ok", "none that PyTorch can use")
-    library = extensions.find_built() or jit.find_cached()
+    library = usable_library()
     if library is None:
         return Finding("GPU", "ok", "its kernels are compiled with the extension")
-    info, name = extensions.read_info(library), torch.cuda.get_device_name()
+    info = extensions.read_info(library)
     if info["cuda"] is None:
-        says = f"{name}, but the extension has no CUDA kernels ({info['cuda_reason']}): torch's operators compute there"
+        says = f"the extension has no CUDA kernels ({info['cuda_reason']}): torch's operators compute there"
         return Finding("GPU", "note", says, extensions.how_to_build())
-    capability, built_for = torch.cuda.get_device_capability(), ", ".join(info["cuda_architectures"])
-    if not any(_runs_on(entry, capability) for entry in info["cuda_architectures"]):
-        says = f"{name} is sm_{capability[0]}{capability[1]}, and kernels are for {built_for}"
-        return Finding("GPU", "wrong", says, "build with TORCH_CUDA_ARCH_LIST naming it")
-    return Finding("GPU", "ok", f"{name}, with kernels for {built_for}")
+    names, built_for = [], ", ".join(info["cuda_architectures"])
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        runs = [_runs_on(entry, (major, minor)) for entry in info["cuda_architectures"]]
+        if True not in runs and None not in runs:
+            says = f"{name} is sm_{major}{minor}, and kernels are for {built_for}"
+            return Finding("GPU", "wrong", says, "build with TORCH_CUDA_ARCH_LIST naming it")
+        names.append(name)
+    return Finding("GPU", "ok", f"{', '.join(names)}, with kernels for {built_for}")
 
 
-def _runs_on(entry: str, capability: tuple[int, int]) -> bool:
-    """Whether code for an ``entry`` of TORCH_CUDA_ARCH_LIST runs there: for an older minor version, or by its PTX."""
-    major, minor = map(int, re.match(r"(\d+)\.(\d+)", entry).groups())
-    if entry.endswith("+PTX") and (major, minor) <= capability:
-        return True
-    return major == capability[0] and minor <= capability[1] and not entry.removesuffix("+PTX").endswith(("a", "f"))
+def _runs_on(entry: str, capability: tuple[int, int]) -> bool | None:
+    """Whether code for an ``entry`` of TORCH_CUDA_ARCH_LIST runs there; None for a name instead of a number. Code runs
+    on later minor versions, its PTX on whatever is later; with an a on that version alone, with an f on its family."""
+    match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+    if match is None:
+        return None
+    version = int(match[1]), int(match[2])
+    if match[3] == "a":
+        return version == capability
+    return (version[0] == capability[0] and version <= capability) or (
+        match[4] is not None and not match[3] and version <= capability
+    )
 
 
 def transformers() -> Finding:
@@ -176,10 +198,10 @@ def transformers() -> Finding:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         return Finding("transformers", "ok", "not installed: accelerate() knows torch.nn's encoders alone")
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRANSFORMERS:
-        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
-        says = f"{version} is older than {oldest}: its models are left as they are"
-        return Finding("transformers", "note", says, f'pip install "transformers>={oldest}"')
+    if reason := transformers_reason(version):
+        return Finding(
+            "transformers", "note", f"its models are left as they are: {reason}", "pip install -U transformers"
+        )
     return Finding("transformers", "ok", version)
 
 
@@ -192,6 +214,6 @@ def report_of(folder: Path) -> dict[str, object]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
     found = report(accelerate(model))
     return found.as_dict() | {"text": str(found)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .build import config, jit
+from .build import config
 from .build import extension as extensions
 
 _SETTINGS = ("RESNORM_CPU_ISA", "RESNORM_JIT", "RESNORM_CACHE_DIR", "RESNORM_CUDA", "RESNORM_LINEAR")
@@ -35,7 +35,7 @@ def collect() -> dict[str, object]:
 
 def extension() -> dict[str, object]:
     """How and with what the extension was built; one that is not there yet is not compiled for this."""
-    if (library := _find()) is None:
+    if (library := extensions.find_usable()) is None:
         return {"built": "no" if extensions.jit_choice() == "0" else "not yet: the first call compiles it"}
     info = extensions.read_info(library)
     report = {"built": "ahead of time" if library == extensions.find_built() else "at first use", "path": str(library)}
@@ -47,7 +47,7 @@ def extension() -> dict[str, object]:
 
 def kernels() -> dict[str, object]:
     """Instruction sets whose kernels can run here, the one whose kernels do, and what multiplies in linear layers."""
-    if _find() is None:
+    if extensions.find_usable() is None:
         return {"in_use": None}
     module = extensions.load_extension()
     backends = module.linear_backends(torch.float32)
@@ -100,15 +100,6 @@ def main(arguments: list[str]) -> int:
                 label = key if key.isupper() else key.replace("_", " ")
                 print(f"  {label + ':':<20} {_readable(value)}")
     return 0
-
-
-def _find() -> Path | None:
-    """The library that is loaded, or would be loaded without compiling anything."""
-    if module := extensions.loaded():
-        return Path(module.__file__)
-    choice = extensions.jit_choice()
-    built = extensions.find_built() if choice != "1" else None
-    return built or (jit.find_cached() if choice != "0" else None)
 
 
 def _guarded(probe: Callable[[], dict[str, object]]) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,17 +73,23 @@ _OPERATORS: dict[str, tuple[dict[str, tuple[int, ...]], Call, Call]] = {
     ),
     "add_layer_norm": (
         _norm_shapes("input", "residual", "weight", "bias", "input_bias"),
-        lambda seed, **i: functional.add_layer_norm(normalized_shape=(200,), **i, seed=seed, **_DROPOUT),
-        lambda seed, **i: reference.add_layer_norm(
-            normalized_shape=(200,), **i, seed=seed, dropout_p=_DROPOUT["dropout_p"]
-        )[0],
+        lambda seed, **i: torch.cat(
+            functional.add_layer_norm(normalized_shape=(200,), **i, seed=seed, **_DROPOUT, prenorm=True)
+        ),
+        lambda seed, **i: torch.cat(
+            reference.add_layer_norm(normalized_shape=(200,), **i, seed=seed, dropout_p=_DROPOUT["dropout_p"])[:2]
+        ),
     ),
     "add_rms_norm": (
         _norm_shapes("input", "residual", "weight"),
-        lambda seed, **i: functional.add_rms_norm(normalized_shape=(200,), eps=_EPS, **i, seed=seed, **_DROPOUT),
-        lambda seed, **i: reference.add_rms_norm(
-            normalized_shape=(200,), eps=_EPS, **i, seed=seed, dropout_p=_DROPOUT["dropout_p"]
-        )[0],
+        lambda seed, **i: torch.cat(
+            functional.add_rms_norm(normalized_shape=(200,), eps=_EPS, **i, seed=seed, **_DROPOUT, prenorm=True)
+        ),
+        lambda seed, **i: torch.cat(
+            reference.add_rms_norm(normalized_shape=(200,), eps=_EPS, **i, seed=seed, dropout_p=_DROPOUT["dropout_p"])[
+                :2
+            ]
+        ),
     ),
     "bias_activation": (
         _norm_shapes("input", "bias"),
@@ -130,7 +137,8 @@ def main(arguments: list[str]) -> int:
     if shown:
         print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - began:.0f} s")
     else:
-        print(json.dumps({"passed": passed, "checks": [{**asdict(c), "passed": c.passed} for c in checks]}, indent=2))
+        found = {"passed": passed, "checks": [{**asdict(check), "passed": check.passed} for check in checks]}
+        print(json.dumps(found, indent=2, allow_nan=False))
     return 0 if passed else 1
 
 
@@ -181,7 +189,9 @@ def _checks(
     try:
         for what, error in compare():
             limit = _LIMITS[dtype] * (4.0 if what else 1.0)
-            yield Check(f"{name}{what}", *where, error, limit)
+            finite = math.isfinite(error)
+            reason = "" if finite else f"the result is not finite, or far off: {error}"
+            yield Check(f"{name}{what}", *where, error if finite else None, limit, reason)
     except Exception as error:  # what is broken must not hide the rest
         yield Check(name, *where, None, _LIMITS[dtype], f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -224,6 +234,14 @@ def _compare_encoder(device: torch.device, dtype: torch.dtype) -> Iterator[tuple
     yield " in inference", _relative_error(inferred, wanted)
     trained = ours.train()(x, src_key_padding_mask=padding)[~padding]
     yield " in training", _relative_error(trained, wanted)
+    gradient = torch.randn(wanted.shape).to(device, dtype)
+    gradients = torch.autograd.grad(trained, list(ours.parameters()), gradient)
+    expected = torch.autograd.grad(wanted, list(exact.parameters()), gradient.double())
+    largest = max(each.norm() for each in expected)
+    yield (
+        " in training, gradients",
+        max(float((a - b).norm() / largest) for a, b in zip(gradients, expected, strict=True)),
+    )
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -38,6 +38,7 @@ def test_both_compute_the_same():
         ours, theirs = (call() for call in calls)
         if "inference" in work:
             real = ours.abs().sum(-1) > 0  # padded positions are zeros in ours
+            assert int(real.sum()) == 128 + 90 + 70 + 64 + 50 + 40 + 30 + 20
             ours, theirs = ours[real], theirs[real]
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -53,6 +54,8 @@ def test_text(capsys: pytest.CaptureFixture):
         (["--device", "abacus"], "argument --device: abacus: Expected one of cpu"),
         (["--device", "cuda:77"], "argument --device: cuda:77: "),
         (["--samples", "0"], "argument --samples: expected at least 1, but got 0"),
+        (["--plot", "no/such/folder/x.png"], "argument --plot: expected a .png, .svg or .pdf in a folder that exists"),
+        (["--plot", "x.txt"], "argument --plot: expected a .png, .svg or .pdf in a folder that exists, but got x.txt"),
     ],
 )
 def test_one_line_says_what_is_wrong(arguments, message, capsys: pytest.CaptureFixture):

@@ -52,7 +52,8 @@ def test_not_built(project: Project):
 
 def test_no_compiler(project: Project):
     code, findings = in_project(project, CXX="no-such-compiler")
-    assert code == 1 and "looked for no-such-compiler on PATH" in findings["compiler"]["says"]
+    assert code == 1 and [name for name, each in findings.items() if each["status"] == "wrong"] == ["compiler"]
+    assert findings["compiler"]["says"].startswith("nothing can be compiled here: no C++ compiler: looked for no-such-")
     project.build_in_place()
     _, findings = in_project(project, CXX="no-such-compiler")
     assert findings["compiler"]["status"] == "ok"  # nobody needs one then
@@ -89,15 +90,22 @@ def test_slower_instruction_set(monkeypatch: pytest.MonkeyPatch):
     ("info", "status", "says"),
     [
         ({"cuda": None, "cuda_reason": "RESNORM_CUDA=off"}, "note", "no CUDA kernels (RESNORM_CUDA=off)"),
-        ({"cuda": "13.0", "cuda_architectures": ["8.0", "9.0a"]}, "wrong", "X is sm_90, and kernels are for 8.0, 9.0a"),
+        ({"cuda": "13.0", "cuda_architectures": ["8.0", "10.0"]}, "wrong", "X is sm_90, and kernels are for 8.0, 10.0"),
+        ({"cuda": "13.0", "cuda_architectures": ["8.0", "9.0a"]}, "ok", "with kernels for 8.0, 9.0a"),
+        ({"cuda": "13.0", "cuda_architectures": ["Hopper"]}, "ok", "with kernels for Hopper"),
         ({"cuda": "13.0", "cuda_architectures": ["8.0", "9.0"]}, "ok", "with kernels for 8.0, 9.0"),
         ({"cuda": "13.0", "cuda_architectures": ["8.0+PTX"]}, "ok", "with kernels for 8.0+PTX"),
     ],
 )
 def test_gpu(info, status, says, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    gpu = SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "X", get_device_capability=lambda: (9, 0))
+    gpu = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        get_device_name=lambda index: "X",
+        get_device_capability=lambda index: (9, 0),
+    )
     monkeypatch.setattr(doctor.torch, "cuda", gpu)
-    monkeypatch.setattr(doctor.extensions, "find_built", lambda: tmp_path)
+    monkeypatch.setattr(doctor, "usable_library", lambda: tmp_path)
     monkeypatch.setattr(doctor.extensions, "read_info", lambda library: info)
     finding = doctor.gpu()
     assert finding.status == status and says in finding.says
@@ -131,6 +139,15 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     assert doctor.main(["--model", str(tmp_path)]) == 1
     assert f"WRONG model: {tmp_path} cannot be loaded" in capsys.readouterr().out
+
+
+def test_a_models_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("transformers")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    assert doctor.main(["--model", str(tmp_path), "--json"]) == 1 and not (tmp_path / "ran").exists()
+    assert json.loads(capsys.readouterr().out)["findings"][-1]["what"] == "model"
 
 
 def test_one_line_says_that_there_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -49,8 +49,10 @@ def test_what_gives_nothing_fails_and_does_not_hide_the_rest(one_operator, resul
     monkeypatch.setattr(functional, "rms_norm", broken)
     assert selftest.main(["--this-isa"]) == 1
     printed = capsys.readouterr().out
-    assert ("RuntimeError: it is broken" if result is None else "error nan") in printed and "and more" not in printed
-    assert ": 8 of " in printed  # the encoder's
+    assert ("RuntimeError: it is broken" if result is None else "not finite") in printed and "and more" not in printed
+    assert ": 12 of " in printed  # the encoder's
+    selftest.main(["--this-isa", "--json"])
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_kernels_that_cannot_start_fail():

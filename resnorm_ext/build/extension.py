@@ -124,6 +124,15 @@ def find_built() -> Path | None:
     return None
 
 
+def find_usable() -> Path | None:
+    """The library that is loaded, or would be without compiling anything."""
+    if _loaded is not None:
+        return Path(_loaded.__file__)
+    choice = jit_choice()
+    built = find_built() if choice != "1" else None
+    return built or (jit.find_cached() if choice != "0" else None)
+
+
 def read_info(library: Path) -> dict:
     """The description written beside a library when its build was complete."""
     path = libraries.info_path(library)
@@ -138,8 +147,7 @@ def check_built(library: Path) -> None:
     info = read_info(library)
     present, present_cuda = str(torch.__version__), torch.version.cuda
     same_version = config.minor_version(info["torch"]) == config.minor_version(present)
-    # Without CUDA kernels in it a library needs no CUDA torch, even if it was built with one.
-    same_cuda = info["torch_cuda"] == present_cuda or (info["cuda"] is None and present_cuda is None)
+    same_cuda = info["cuda"] is None or info["torch_cuda"] == present_cuda  # without CUDA kernels in it any will do
     if not (same_version and same_cuda):
         raise ImportError(
             f"resnorm_ext was built for {_torch_name(info['torch'], info['torch_cuda'])}, "

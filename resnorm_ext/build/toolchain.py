@@ -165,11 +165,14 @@ def find_cuda(torch: str, torch_cuda: str | None, architectures: tuple[str, ...]
     if setting == "off":
         return None, "RESNORM_CUDA=off"
     home, reason = None, f"PyTorch {torch} is built without CUDA"
+    major = torch_cuda and torch_cuda.split(".")[0]
     if torch_cuda is not None:
         home, reason = find_toolkit()
     if home is not None:
         version = _nvcc_version(home)
-        if version.split(".")[0] == torch_cuda.split(".")[0]:
+        if version.split(".")[0] != major and (packaged := packaged_toolkit(major)):
+            home, version = packaged, _nvcc_version(packaged)
+        if version.split(".")[0] == major:
             listed = re.findall(r"compute_(\d+)(\d)", _output(str(home / "bin/nvcc"), "--list-gpu-arch"))
             supported = sorted((f"{major}.{minor}" for major, minor in listed), key=architecture_order)
             chosen = cuda_architectures(architectures, supported)
@@ -224,9 +227,6 @@ def find_toolkit() -> tuple[Path | None, str]:
             looked.append(f"{value}/bin/nvcc ({name})")
         else:
             looked.append(f"{name} (not set)")
-    if packaged := _packaged_toolkit():
-        return packaged, ""
-    looked.append("the Python package nvidia-cuda-nvcc")
     if nvcc := shutil.which("nvcc"):
         # What is on PATH may be a script or a link elsewhere; only nvcc itself knows where its toolkit lies.
         if top := re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"), re.MULTILINE):
@@ -236,15 +236,20 @@ def find_toolkit() -> tuple[Path | None, str]:
         looked.append("nvcc on PATH")
     if Path("/usr/local/cuda/bin/nvcc").is_file():
         return Path("/usr/local/cuda"), ""
+    looked.append("the Python package nvidia-cuda-nvcc")
+    if packaged := packaged_toolkit():
+        return packaged, ""
     return None, f"there is no CUDA toolkit; looked for: {', '.join(looked)}, /usr/local/cuda/bin/nvcc"
 
 
-def _packaged_toolkit() -> Path | None:
-    """NVIDIA's Python packages, which from CUDA 13 on share a folder that is laid out like a toolkit."""
+def packaged_toolkit(major: str = "*") -> Path | None:
+    """NVIDIA's Python packages, which from CUDA 13 on share a folder that is laid out like a toolkit; those of this
+    version, where all that compiles is there."""
     namespace = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (namespace.submodule_search_locations or ())] if namespace else []
-    found = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
-    return max(found).parents[1] if found else None
+    compilers = [nvcc for folder in folders for nvcc in folder.glob(f"cu{major}/bin/nvcc")]
+    homes = [nvcc.parents[1] for nvcc in compilers]
+    return next((home for home in homes if (home / "nvvm").is_dir() and (home / "include").is_dir()), None)
 
 
 def _nvcc_version(home: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -13,6 +12,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..build.extension import ensure_loaded
+from ..compatibility import transformers_reason
 from ..engine.linear import LinearShape, choose_backends
 from ..engine.weights import forget_all_weights
 from ..modules.calls import Model
@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 # The families of transformers' models that there is a file for, by how the names of the modules end that define them.
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.name != "torch_nn")
-_OLDEST_TRANSFORMERS = (5, 2)
 
 
 def accelerate(model: T, *, padding: str = "auto") -> T:
@@ -144,9 +143,8 @@ def integrations() -> Iterator[Integration]:
     if not libraries:
         return
     version = sys.modules["transformers"].__version__
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_TRANSFORMERS:
-        needed = ".".join(map(str, _OLDEST_TRANSFORMERS))
-        yield Unusable(list(libraries), f"transformers {version} is installed, and {needed} or newer is needed")
+    if reason := transformers_reason(version):
+        yield Unusable(list(libraries), reason)
         return
     for library, family in libraries.items():
         try:

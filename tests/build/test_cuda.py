@@ -68,14 +68,24 @@ def test_nvcc_compiles_the_kernels_for_the_architectures_it_knows(project: Proje
     assert info["cuda"] == "99.1" and info["cuda_architectures"] == ["8.0", "9.0+PTX"]
 
 
-def test_nvidias_python_packages_are_a_toolkit(project: Project, toolkit: Path):
-    """They hold the runtime under its full name alone."""
+def test_nvidias_python_packages_are_a_toolkit(project: Project, toolkit: Path, tmp_path: Path):
+    """They hold the runtime under its full name alone; they are taken where the machine's own does not fit."""
     packaged = project.stubs / "nvidia" / "cu99"
     packaged.parent.mkdir()
     toolkit.rename(packaged)
     (packaged / "lib64").rename(packaged / "lib")
     (packaged / "lib" / "libcudart.so").rename(packaged / "lib" / "libcudart.so.99")
-    answer, calls = build(project, packaged, CUDA_HOME="", LDFLAGS="")
+    other = tmp_path / "other" / "bin" / "nvcc"
+    other.parent.mkdir(parents=True)
+    other.write_text(_NVCC.replace("99.1", "98.0"))
+    other.chmod(0o755)
+    machines = {"CUDA_HOME": str(other.parents[1]), "LDFLAGS": ""}
+    variables = machines | {"STUB_TORCH": "2.13.0+cu990", "STUB_TORCH_CUDA": "99.0", "RESNORM_CUDA": "on"}
+    result = project.run("setup.py", "build_ext", "--inplace", **variables)
+    assert "and " + str(other.parents[1]) + " holds 98.0" in result.stderr  # a part of them is not enough
+    for folder in ("nvvm", "include"):
+        (packaged / folder).mkdir()
+    answer, calls = build(project, packaged, **machines)
     assert answer == "7" and len(calls) == 1
 
 
