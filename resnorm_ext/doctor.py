@@ -84,7 +84,7 @@ def extension() -> Finding:
         if choice == "0":
             says = "there is none, and RESNORM_JIT=0 forbids to compile one"
             return Finding(what, "wrong", says, f"{extensions.how_to_build()}, or unset RESNORM_JIT")
-        if jit.find_cached() is not None:
+        if usable_library() is not None:
             return Finding(what, "ok", f"compiled at first use, kept in {jit.cache_directory()}")
         says = "not built yet: the first call compiles it, which takes minutes"
         return Finding(what, "note", says, extensions.how_to_build())
