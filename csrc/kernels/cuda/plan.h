@@ -60,12 +60,11 @@ constexpr int max_warp_items(int input_bytes, int residual_bytes, bool drops) {
   return residual_bytes == 2 && !drops ? 3 : 2;
 }
 
-// The same where a row has a block or more: by the architecture too, because beside a residual four would spill on
-// sm_75 and from sm_100 on. A block of 512 threads with four vectors each leaves
-// room for another one; else it has 1024.
+// The same where a row has a block or more: by the architecture too, because beside a residual four spill everywhere
+// but on sm_90. A block of 512 threads with four vectors each leaves room for another one; else it has 1024.
 RESNORM_HOST_DEVICE constexpr int block_row_items(int input_bytes, int residual_bytes, bool shifted, int architecture) {
   if (input_bytes == 4) return 4;
-  const bool fits = residual_bytes == 0 || (residual_bytes == 2 && architecture >= 80 && architecture < 100);
+  const bool fits = residual_bytes == 0 || (residual_bytes == 2 && architecture == 90);
   return fits && !shifted ? 4 : 2;
 }
 constexpr int max_block_row_threads(int items) { return 2048 / items; }
