@@ -103,7 +103,7 @@ def commit_time() -> str:
 
 
 def write_index(folder: Path) -> None:
-    """A page of links, by which pip finds the wheels: pip install --find-links FOLDER/index.html resnorm_ext."""
+    """A page of links to the wheels, which pip can search."""
     names = sorted(path.name for path in folder.glob("*.whl"))
     links = (f'<a href="{quote(name)}">{name}</a><br>' for name in names)
     page = ["<!DOCTYPE html>", f"<title>resnorm_ext, {folder.name}</title>", *links]

@@ -50,6 +50,9 @@ def test_code_runs(page: str, capsys: pytest.CaptureFixture):
     names = names_given(page)
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, page, "exec"), names)
+        printed = capsys.readouterr().out
+        for line in re.findall(r"^print\(.*\n# (.*)$", code, re.MULTILINE):  # what it prints stands below
+            assert line in printed
 
 
 def test_what_is_quoted_is_said():

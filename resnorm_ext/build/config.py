@@ -35,7 +35,7 @@ CXX_FLAGS = (
 # second runtime would bring a second pool of threads. GCC 12 sees an overflow in torch's intrusive_ptr that is none.
 TORCH_FLAGS = ("-O2", "-fopenmp", "-Wno-stringop-overflow")
 
-# Compressed, and without line numbers (NVCC_APPEND_FLAGS=-lineinfo adds them), a wheel is a fifth as large. The last
+# Compressed, and without line numbers (NVCC_APPEND_FLAGS=-lineinfo adds them), a wheel is a third as large. The last
 # two lift what PyTorch forbids its own kernels, which use its half types in place of CUDA's.
 NVCC_FLAGS = (
     "-std=c++20",

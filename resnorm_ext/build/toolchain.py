@@ -114,13 +114,16 @@ def detect(
 
 def check_packages() -> None:
     """Raises BuildError that names, all at once, what pip can install of what a build needs."""
-    missing = [] if importlib.util.find_spec("torch") else ["torch"]
     try:
-        oldest, setuptools = 77, importlib.metadata.version("setuptools")
-        missing += [] if int(setuptools.split(".")[0]) >= oldest else [f"setuptools>={oldest}"]
+        has_setuptools = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
     except importlib.metadata.PackageNotFoundError:
-        missing.append(f"setuptools>={oldest}")
-    missing += [] if importlib.util.find_spec("ninja") or shutil.which("ninja") else ["ninja"]
+        has_setuptools = False
+    has = {
+        "torch": importlib.util.find_spec("torch"),
+        "setuptools>=77": has_setuptools,
+        "ninja": importlib.util.find_spec("ninja") or shutil.which("ninja"),
+    }
+    missing = [package for package, found in has.items() if not found]
     if not missing:
         return
     if "torch" in missing and any("build-env-" in path for path in sys.path):  # pip's name for it, and build's

@@ -8,10 +8,8 @@ import struct
 from collections.abc import Callable
 
 from .integers import COMBINATIONS, COMPARISONS, one_of
-from .lane import MASK, Lane, bits_of, float_of
+from .lane import MASK, Effect, Lane, bits_of, float_of
 from .sass import Instruction
-
-Effect = Callable[[Lane, Instruction], None]
 
 
 def add(lane: Lane, instruction: Instruction) -> None:

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from . import floats, integers, memory
-from .lane import Lane
+from .lane import Effect, Lane
 from .sass import INSTRUCTION_BYTES, Instruction
 
 MOST_STEPS = 100_000  # more than any kernel here takes for a few rows
-
-Effect = Callable[[Lane, Instruction], None]
 
 
 class CannotInterpret(Exception):

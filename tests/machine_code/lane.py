@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .loads import Loads
-from .sass import ALWAYS, Operand
+from .sass import ALWAYS, Instruction, Operand
 
 MASK = 0xFFFFFFFF
 WIDE_MASK = 0xFFFFFFFFFFFFFFFF
@@ -148,6 +148,9 @@ class Lane:
             return 0
         self.loads.use(register, self.step)
         return self._registers[register]
+
+
+Effect = Callable[[Lane, Instruction], None]  # what an instruction does
 
 
 def registers(operand: Operand, count: int) -> list[str]:

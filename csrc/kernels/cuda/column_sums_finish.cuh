@@ -29,8 +29,9 @@ column_sums_finish(const FinishArguments a) {
   const auto* partials = static_cast<const Value*>(a.partials);
   Value total = 0;
   if (column < columns) {
-    for (int subset = slice; subset < a.row_subsets; subset += kSlices)
+    for (int subset = slice; subset < a.row_subsets; subset += kSlices) {
       total += load_once<Value>(partials + subset * columns + column);
+    }
   }
   slices[slice * kPitch + lane] = total;
   barrier(0, kFinishThreads);

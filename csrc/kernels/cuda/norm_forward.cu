@@ -83,8 +83,7 @@ Plan norm_forward_plan(const NormForward& a, const Device& device) {
   }
   // A launch of one wave: longer ones would gain nothing.
   const std::int64_t at_once = std::int64_t{device.multiprocessors} * kThreadsAtOnce / plan.threads;
-  const std::int64_t blocks = (a.rows + plan.groups() - 1) / plan.groups() * plan.cluster;
-  plan.overlaps = has_overlapping_kernels(device.architecture) && blocks <= at_once;
+  plan.overlaps = has_overlapping_kernels(device.architecture) && shape_of(a, plan).blocks <= at_once;
   return plan;
 }
 
