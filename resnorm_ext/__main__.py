@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from .build.config import VERSION
@@ -25,9 +26,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=commands)
     command = parser.parse_args(arguments[:1]).command
     try:
-        return importlib.import_module(f".{command}", __package__).main(arguments[1:])
+        status = importlib.import_module(f".{command}", __package__).main(arguments[1:])
+        sys.stdout.flush()  # here, where it is seen that nobody reads on
+        return status
     except KeyboardInterrupt:
         return 130  # as a shell says that Ctrl-C ended it
+    except BrokenPipeError:  # as after "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -72,3 +72,10 @@ def test_says_that_the_sources_changed_since_the_build(project: Project):
 def test_unknown_command_names_the_known_ones(project: Project):
     result = project.run("-m", "resnorm_ext", "inform")
     assert result.returncode == 2 and "info" in result.stderr and "demo" in result.stderr
+
+
+def test_output_that_nobody_reads(project: Project):
+    project.build_in_place()
+    process = project.start("-m", "resnorm_ext", "info")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
